@@ -1,0 +1,1 @@
+"""From files and built-in tasks to batches of tokens."""

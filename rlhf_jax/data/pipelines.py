@@ -1,0 +1,150 @@
+"""Endless shuffled batches and single passes over tables, deterministic and resumable (Grain).
+
+Everything is tokenized before (``tables``), so Grain only orders and mixes row numbers, in this process, and a batch is
+one gather. The stream is a function of the tables, the batch size, the weights and the seed: each epoch has its own
+order, and the state of an iterator is a few JSON values from which the next batch is exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import grain
+import numpy as np
+
+from rlhf_jax.errors import BAD_DATA, UserError
+from rlhf_jax.types import PromptBatch, RankingBatch, TokenBatch
+
+Batch = TypeVar("Batch", TokenBatch, RankingBatch, PromptBatch)
+LARGEST_INDEX = 2**31
+
+
+class BatchIterator(Generic[Batch]):
+    """An endless iterator over batches whose position can be read and set."""
+
+    def __init__(self, dataset: grain.MapDataset, identity: dict[str, Any]):
+        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        self._identity = identity
+
+    def __iter__(self) -> BatchIterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able: the position in the stream, and what the stream is made of."""
+        return {"position": self._iterator.get_state(), "stream": dict(self._identity)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, which must come from the same stream."""
+        if state["stream"] != self._identity:
+            theirs, ours = state["stream"], self._identity
+            changed = ", ".join(f"{key}: {theirs.get(key)} then, {ours[key]} now" for key in ours if theirs.get(key) != ours[key])
+            raise UserError(f"the stream of batches has changed ({changed})", at="data",
+                            expected="the data, batch size, weights and seed that the saved position belongs to",
+                            fix="restore them, or start a new run", exit_code=BAD_DATA)  # fmt: skip
+        self._iterator.set_state(state["position"])
+
+
+def shuffled_batches(
+    tables: Sequence[Batch], batch_size: int, seed: int, *, weights: Sequence[float] | None = None
+) -> BatchIterator[Batch]:
+    """Endless batches of rows drawn from one table or a mixture of several.
+
+    Args:
+        tables: each a whole data set as one batch; all of the same width.
+        batch_size: rows of a batch, the same for ever.
+        seed: of the order; every epoch of a table is another permutation.
+        weights: the share of rows that each table gives; by default as many rows as it has.
+    """
+    _check(tables, batch_size, weights)
+    sizes = [_rows(table) for table in tables]
+    starts = np.cumsum([0, *sizes[:-1]])
+    shares = [float(weight) for weight in (sizes if weights is None else weights)]
+    table = _joined(tables)
+    orders = [
+        grain.MapDataset.range(int(start), int(start) + size).seed(seed + i).shuffle().repeat()
+        for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    total = sum(shares)
+    order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=[share / total for share in shares])
+    batches = order.batch(batch_size, drop_remainder=True).map_with_index(
+        lambda number, rows: _gather(table, np.asarray(rows), number * batch_size))  # fmt: skip
+    identity = {"rows": sizes, "shares": shares, "batch_size": batch_size, "seed": seed, "contents": _checksum(table)}
+    return BatchIterator(batches, identity)
+
+
+def one_pass(table: Batch, batch_size: int) -> Iterator[Batch]:
+    """Every row once, in order; the last batch is filled up with empty rows.
+
+    An empty row has segments, loss mask and lengths 0, ranks and prompt index -1, so it weighs nothing; a prompt's
+    ``index`` is its row in the table.
+    """
+    _check([table], batch_size, None)
+    for start in range(0, _rows(table), batch_size):
+        part = {name: array[start : start + batch_size] for name, array in _arrays(table).items()}
+        missing = batch_size - len(part["tokens"])
+        filled = {name: _with_empty_rows(name, array, missing) for name, array in part.items()}
+        yield dataclasses.replace(table, **filled)
+
+
+def _gather(table: Batch, rows: np.ndarray, first: int) -> Batch:
+    """The given rows; prompts are numbered by their place in the endless stream, so that no two share random keys."""
+    batch = dataclasses.replace(table, **{name: array[rows] for name, array in _arrays(table).items()})
+    if isinstance(batch, PromptBatch):
+        numbers = (first + np.arange(len(rows), dtype=np.int64)) % LARGEST_INDEX
+        return batch.replace(index=numbers.astype(np.int32))
+    return batch
+
+
+def _joined(tables: Sequence[Batch]) -> Batch:
+    """All rows of the tables under each other; rankings are padded to the largest K."""
+    if isinstance(tables[0], RankingBatch):
+        most = max(table.tokens.shape[1] for table in tables)
+        tables = [_widened(table, most) for table in tables]
+    widths = sorted({table.tokens.shape[-1] for table in tables})
+    if len(widths) > 1:
+        raise UserError(f"rows of {widths} tokens", at="mixture of tables", expected="one width",
+                        fix="make all tables of a mixture with the same width")  # fmt: skip
+    if len(tables) == 1:
+        return tables[0]
+    columns = {name: np.concatenate([_arrays(table)[name] for table in tables]) for name in _arrays(tables[0])}
+    return dataclasses.replace(tables[0], **columns)
+
+
+def _widened(table: RankingBatch, most: int) -> RankingBatch:
+    missing = ((0, 0), (0, most - table.ranks.shape[1]))
+    return RankingBatch(
+        tokens=np.pad(table.tokens, (*missing, (0, 0))), lengths=np.pad(table.lengths, missing),
+        ranks=np.pad(table.ranks, missing, constant_values=-1))  # fmt: skip
+
+
+def _with_empty_rows(name: str, array: np.ndarray, missing: int) -> np.ndarray:
+    empty = -1 if name in ("ranks", "index") else 0
+    return np.pad(array, ((0, missing), *((0, 0) for _ in array.shape[1:])), constant_values=empty)
+
+
+def _arrays(table: Any) -> dict[str, np.ndarray]:
+    return {column.name: getattr(table, column.name) for column in dataclasses.fields(table)}
+
+
+def _rows(table: Any) -> int:
+    return len(table.tokens)
+
+
+def _checksum(table: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(table.tokens))
+
+
+def _check(tables: Sequence[Any], batch_size: int, weights: Sequence[float] | None) -> None:
+    if not tables or any(_rows(table) == 0 for table in tables):
+        raise UserError("a table without rows", at="batches", expected="at least one row in each", fix="check the data")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}", at="batches", expected="at least 1", fix="raise it")
+    if weights is not None and (len(weights) != len(tables) or not all(0 < w < float("inf") for w in weights)):
+        raise UserError(f"weights {list(weights)} for {len(tables)} tables", at="batches",
+                        expected="one positive number for each table", fix="correct the weights")  # fmt: skip
