@@ -10,6 +10,7 @@ Every assistant turn ends with EOS, which is part of what the assistant writes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Literal, Protocol
 import jinja2
 import jinja2.sandbox
 import numpy as np
+from jinja2.exceptions import SecurityError
 
 from rlhf_jax.data.packing import Document
 from rlhf_jax.data.tokenizers import SavedTokenizer, SubwordTokenizer, Tokenizer
@@ -174,7 +176,8 @@ class TemplateFormat:
     def _pieces(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[list[int], bool]]:
         if not isinstance(tokenizer, SavedTokenizer | SubwordTokenizer):
             raise UserError(f"a chat template with a {type(tokenizer).__name__}", at="TemplateFormat",
-                            expected="a saved tokenizer, whose special tokens it names", fix="use ChatFormat")  # fmt: skip
+                            expected="a saved tokenizer, whose special tokens it names",
+                            fix="use ChatFormat")  # fmt: skip
         messages = [{**message, "content": message["content"].strip()} for message in messages]
         done = ""
         for i, message in enumerate(messages):
@@ -192,13 +195,16 @@ class TemplateFormat:
     def _continue(self, tokenizer: Tokenizer, done: str, text: str) -> str:
         """What ``text`` adds to ``done``, which the template must have written before."""
         if not text.startswith(done):
-            same = next((i for i, (a, b) in enumerate(zip(done, text, strict=False)) if a != b), min(len(done), len(text)))
+            same = len(os.path.commonprefix([done, text]))
+            here = slice(max(same - 20, 0), same + 20)
             eos = _written(tokenizer, tokenizer.eos_id)
-            raise UserError(f"the template writes {text[max(same - 20, 0) : same + 20]!r} instead of "
-                            f"{done[max(same - 20, 0) : same + 20]!r}", at="chat template",
-                            expected=f"each answer as it is, followed by the end of sequence {eos!r}, and earlier turns "
-                            "unchanged", fix="name the token that ends a turn: SavedTokenizer(path, eos='...'), or use "
-                            "ChatFormat", exit_code=BAD_DATA)  # fmt: skip
+            raise UserError(
+                f"the template writes {text[here]!r} instead of {done[here]!r}",
+                at="chat template",
+                expected=f"each answer as it is, then the end of sequence {eos!r}, and earlier turns unchanged",
+                fix="name the token that ends a turn: SavedTokenizer(path, eos='...'), or use ChatFormat",
+                exit_code=BAD_DATA,
+            )
         return text[len(done) :]
 
 
@@ -215,7 +221,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator, left, right):
         if not all(isinstance(side, int | float) for side in (left, right)) or operator == "**":
-            raise jinja2.sandbox.SecurityError(f"'{operator}' is for numbers alone, and '**' is not available")
+            raise SecurityError(f"'{operator}' is for numbers alone, and '**' is not available")
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj, attr, value):
@@ -235,7 +241,7 @@ def _document(pieces: list[tuple[list[int], bool]], loss_on: LossOn) -> Document
 def _check_last(messages: Sequence[Message], role: str) -> None:
     last = messages[-1]["role"] if messages else None
     if last != role:
-        raise UserError(f"a conversation that ends with {last!r}", at="messages", expected=f"one that ends with {role!r}",
+        raise UserError(f"a conversation that ends with {last!r}", at="messages", expected=f"{role!r} at the end",
                         fix="add or remove the last message", exit_code=BAD_DATA)  # fmt: skip
 
 
@@ -245,8 +251,11 @@ def _unknown_role(role: str) -> UserError:
 
 
 def _written(tokenizer: Tokenizer, token_id: int | None) -> str:
-    named = isinstance(tokenizer, SavedTokenizer | SubwordTokenizer) and token_id is not None
-    return (tokenizer.token(token_id) if named else None) or ""
+    """The text of a special token, empty where the tokenizer has no text for it."""
+    if token_id is None or not isinstance(tokenizer, SavedTokenizer | SubwordTokenizer):
+        return ""
+    written = tokenizer.token(token_id)
+    return "" if written is None else written
 
 
 def _raise_template_error(message: str) -> None:

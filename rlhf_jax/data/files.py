@@ -39,7 +39,7 @@ def ending(path: Path, accepted: tuple[str, ...]) -> str:
     """The one of ``accepted`` name endings that ``path`` has."""
     found = next((end for end in accepted if path.name.lower().endswith(end)), None)
     if found is None:
-        raise bad_data(f"a file named {path.name!r}", at=str(path), expected=f"a name that ends in {', '.join(accepted)}",
+        raise bad_data(f"a file named {path.name!r}", at=str(path), expected=f"the ending {' or '.join(accepted)}",
                        fix="rename it if its contents have one of these formats, else convert it")  # fmt: skip
     return found
 
@@ -94,7 +94,8 @@ def parse_json_object(text: str, place: str) -> dict[str, Any]:
         raise bad_data(f"{fault} in {text[:80]!r}", at=place, expected=fault.expected, fix=fault.fix) from None
     except json.JSONDecodeError as fault:
         raise bad_data(f"broken JSON ({fault.msg} at column {fault.colno}) in {text[:80]!r}", at=place,
-                       expected="one JSON object a line", fix='mend the line, or read with on_bad_line="skip"') from None  # fmt: skip
+                       expected="one JSON object a line",
+                       fix='mend the line, or read with on_bad_line="skip"') from None  # fmt: skip
     except RecursionError:
         raise bad_data(f"JSON that is nested too deep in {text[:80]!r}", at=place,
                        expected=f"at most {MAX_DEPTH} levels", fix="flatten the record") from None  # fmt: skip
@@ -144,8 +145,8 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
                                    at=str(path), expected="shorter lines and files", fix="split the file")  # fmt: skip
                 yield raw
     except (gzip.BadGzipFile, zlib.error, EOFError) as fault:
-        raise bad_data(f"damaged gzip ({fault}) after {total} bytes of text", at=str(path), expected="a whole gzip file",
-                       fix="compress or copy the file again") from fault  # fmt: skip
+        raise bad_data(f"damaged gzip ({fault}) after {total} bytes of text", at=str(path),
+                       expected="a whole gzip file", fix="compress or copy the file again") from fault  # fmt: skip
     except PermissionError as fault:
         raise UserError("the file may not be read", at=str(path), expected="read permission", fix="change its mode",
                         exit_code=MISSING_INPUT) from fault  # fmt: skip
@@ -154,7 +155,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 def _not_utf8(raw: bytes, offset: int, fault: UnicodeDecodeError, place: str) -> UserError:
     guess = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[1:2] == b"\0" else "Latin-1 or Windows-1252"
     return bad_data(f"invalid UTF-8: byte 0x{raw[fault.start]:02x} at byte {offset} of the text", at=place,
-                    expected="UTF-8", fix=f"convert the file (it looks like {guess}), e.g. with iconv -t UTF-8")  # fmt: skip
+                    expected="UTF-8", fix=f"convert the file (it looks like {guess}) with iconv -t UTF-8")  # fmt: skip
 
 
 class _NotAccepted(Exception):

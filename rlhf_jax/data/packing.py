@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -25,8 +25,8 @@ TooLong = Literal["error", "left", "right", "drop"]
 class Document:
     """Tokens that belong together, and which of them are to be learned."""
 
-    tokens: Int[np.ndarray, "L"]
-    targets: Bool[np.ndarray, "L"]
+    tokens: Int[np.ndarray, " L"]
+    targets: Bool[np.ndarray, " L"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,7 +53,8 @@ class Report:
     def summary(self) -> str:
         """One line for the log."""
         fill = 1 - self.padding / max(self.tokens + self.padding, 1)
-        fates = {"split": self.split, "truncated": self.truncated, "dropped": self.dropped, "tokens lost": self.lost_tokens}
+        fates = {"split": self.split, "truncated": self.truncated, "dropped": self.dropped}
+        fates["tokens lost"] = self.lost_tokens
         return f"{self.documents} documents, {self.tokens} tokens in {self.rows} rows ({fill:.1%} full)" + "".join(
             f", {count} {fate}" for fate, count in fates.items() if count)  # fmt: skip
 
@@ -87,8 +88,11 @@ def concat_and_split(documents: Sequence[Document], width: int, pad_id: int) -> 
     tokens = np.concatenate([document.tokens for document in documents])
     split = int(np.sum(starts // width != (starts + lengths - 1) // width))
     batch = TokenBatch(
-        tokens=_fill(tokens, rows, width, pad_id, np.int32), positions=_fill(positions, rows, width, 0, np.int32),
-        segments=_fill(segments, rows, width, 0, np.int32), loss_mask=_fill(targets, rows, width, 0, np.float32))  # fmt: skip
+        tokens=_fill(tokens, rows, width, pad_id, np.int32),
+        positions=_fill(positions, rows, width, 0, np.int32),
+        segments=_fill(segments, rows, width, 0, np.int32),
+        loss_mask=_fill(targets, rows, width, 0, np.float32),
+    )
     return Packed(batch, Report(len(documents), rows, total, rows * width - total, split=split))
 
 
@@ -148,6 +152,11 @@ def length_error(what: str, length: int, width: int, ways: str) -> UserError:
                      fix=f"raise the limit, or say too_long={ways}", exit_code=BAD_DATA)  # fmt: skip
 
 
+def full(shape: tuple[int, ...], value: float, dtype: type = np.int32) -> Any:
+    """A numpy array for a batch; of type Any, since the batch types speak of device arrays."""
+    return np.full(shape, value, dtype)
+
+
 def _fit(document: Document, width: int, too_long: TooLong, number: int) -> Document | None:
     if len(document) <= width:
         return document
@@ -161,9 +170,8 @@ def _fit(document: Document, width: int, too_long: TooLong, number: int) -> Docu
 
 def _pack(rows: list[list[Document]], width: int, pad_id: int, counts: dict[str, int]) -> Packed:
     shape = (len(rows), width)
-    tokens = np.full(shape, pad_id, np.int32)
-    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    loss_mask = np.zeros(shape, np.float32)
+    tokens, positions, segments = full(shape, pad_id), full(shape, 0), full(shape, 0)
+    loss_mask = full(shape, 0.0, np.float32)
     for r, documents in enumerate(rows):
         start = 0
         for s, document in enumerate(documents, start=1):
@@ -178,7 +186,7 @@ def _pack(rows: list[list[Document]], width: int, pad_id: int, counts: dict[str,
                   Report(rows=len(rows), tokens=used, padding=tokens.size - used, **counts))  # fmt: skip
 
 
-def _fill(values: np.ndarray, rows: int, width: int, empty: int, dtype: type) -> np.ndarray:
+def _fill(values: np.ndarray, rows: int, width: int, empty: int, dtype: type) -> Any:
     filled = np.full(rows * width, empty, dtype)
     filled[: len(values)] = values
     return filled.reshape(rows, width)

@@ -42,8 +42,9 @@ class BatchIterator(Generic[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, which must come from the same stream."""
         if state["stream"] != self._identity:
-            theirs, ours = state["stream"], self._identity
-            changed = ", ".join(f"{key}: {theirs.get(key)} then, {ours[key]} now" for key in ours if theirs.get(key) != ours[key])
+            then, now = state["stream"], self._identity
+            differing = [name for name in now if then.get(name) != now[name]]
+            changed = ", ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in differing)
             raise UserError(f"the stream of batches has changed ({changed})", at="data",
                             expected="the data, batch size, weights and seed that the saved position belongs to",
                             fix="restore them, or start a new run", exit_code=BAD_DATA)  # fmt: skip
@@ -97,11 +98,11 @@ def _gather(table: Batch, rows: np.ndarray, first: int) -> Batch:
     batch = dataclasses.replace(table, **{name: array[rows] for name, array in _arrays(table).items()})
     if isinstance(batch, PromptBatch):
         numbers = (first + np.arange(len(rows), dtype=np.int64)) % LARGEST_INDEX
-        return batch.replace(index=numbers.astype(np.int32))
+        return dataclasses.replace(batch, index=numbers.astype(np.int32))
     return batch
 
 
-def _joined(tables: Sequence[Batch]) -> Batch:
+def _joined(tables: Sequence[Any]) -> Any:
     """All rows of the tables under each other; rankings are padded to the largest K."""
     if isinstance(tables[0], RankingBatch):
         most = max(table.tokens.shape[1] for table in tables)
@@ -118,8 +119,8 @@ def _joined(tables: Sequence[Batch]) -> Batch:
 
 def _widened(table: RankingBatch, most: int) -> RankingBatch:
     missing = ((0, 0), (0, most - table.ranks.shape[1]))
-    return RankingBatch(
-        tokens=np.pad(table.tokens, (*missing, (0, 0))), lengths=np.pad(table.lengths, missing),
+    return dataclasses.replace(
+        table, tokens=np.pad(table.tokens, (*missing, (0, 0))), lengths=np.pad(table.lengths, missing),
         ranks=np.pad(table.ranks, missing, constant_values=-1))  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def _rows(table: Any) -> int:
 
 
 def _checksum(table: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(table.tokens))
+    return zlib.crc32(np.ascontiguousarray(table.tokens).tobytes())
 
 
 def _check(tables: Sequence[Any], batch_size: int, weights: Sequence[float] | None) -> None:

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from rlhf_jax.data import fields
 from rlhf_jax.data.files import JSON_LINES, PARQUET, TEXT, bad_data, ending, read_lines, read_rows
 from rlhf_jax.data.transcripts import Unusable, pair_of_transcripts
 from rlhf_jax.errors import UserError
 
 Record = dict[str, Any]
 OnBadLine = Literal["error", "skip"]
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class TextFile:
     def records(self) -> Records:
         path = Path(self.path)
         if ending(path, JSON_LINES + PARQUET + TEXT) not in TEXT:
-            return _read(self.path, self.on_bad_line, lambda row, at: {"text": _text(row, self.field, at)})
+            return _read(self.path, self.on_bad_line, lambda row, at: {"text": fields.get_text(row, self.field, at)})
         skipped: list[UserError] = []
         lines = (text for _, text in read_lines(path, _on_fault(self.on_bad_line, skipped)))
         return _finish(self.path, [{"text": text} for text in _cut(lines, self.unit)], skipped, Counter())
@@ -99,19 +98,19 @@ class Demonstrations:
         return _read(self.path, self.on_bad_line, self._record)
 
     def _record(self, row: Record, at: str) -> Record:
-        if self.messages in row:
-            return {"messages": check_messages(row[self.messages], at, self.messages, last="assistant")}
-        answer = {"role": "assistant", "content": _text(row, self.response, at)}
-        return {"messages": [_user_turn(row, self.prompt, self.input, at, (self.messages,)), answer]}
+        if row.get(self.messages) is not None:
+            return {"messages": fields.check_messages(row[self.messages], at, self.messages, last="assistant")}
+        answer = {"role": "assistant", "content": fields.get_text(row, self.response, at)}
+        return {"messages": [fields.get_user_turn(row, self.prompt, self.input, at, (self.messages,)), answer]}
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Preferences between two responses, as rankings of two.
 
-    Either ``prompt`` (text) or ``messages`` holds what comes before, and ``chosen`` and ``rejected`` the responses (text,
-    or messages whose last is the response). Or, without a prompt, ``chosen`` and ``rejected`` are whole transcripts
-    ("\\n\\nHuman: ...\\n\\nAssistant: ..."); those that differ in more than the last turn are dropped and counted.
+    Either ``prompt`` (text) or ``messages`` holds what comes before, and ``chosen`` and ``rejected`` the responses
+    (text, or messages whose last is the response). Or, without a prompt, ``chosen`` and ``rejected`` are whole
+    transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ..."); those that differ earlier are dropped and counted.
     """
 
     path: str
@@ -126,12 +125,12 @@ class Pairs:
         return _read(self.path, self.on_bad_line, self._record)
 
     def _record(self, row: Record, at: str) -> Record:
-        if self.messages not in row and self.prompt not in row and _is_transcript(row.get(self.chosen)):
-            chosen, rejected = (_text(row, name, at) for name in (self.chosen, self.rejected))
+        if row.get(self.messages) is None and row.get(self.prompt) is None and _is_transcript(row.get(self.chosen)):
+            chosen, rejected = (fields.get_text(row, name, at) for name in (self.chosen, self.rejected))
             context, answers = pair_of_transcripts(chosen, rejected)
         else:
-            context = _context(row, self.messages, self.prompt, self.input, at)
-            answers = [_response(row, name, context, at) for name in (self.chosen, self.rejected)]
+            context = fields.get_context(row, self.messages, self.prompt, self.input, at)
+            answers = [fields.get_response(row, name, context, at) for name in (self.chosen, self.rejected)]
         if answers[0] == answers[1]:
             raise Unusable("chosen and rejected are the same")
         return {"messages": context, "responses": answers, "ranks": [0, 1]}
@@ -142,7 +141,7 @@ class Rankings:
     """K responses to one prompt in order of preference.
 
     ``responses`` is a list of objects with the fields ``text`` and ``rank``, or a list of texts with the list ``ranks``
-    beside it. Ranks may be any numbers; ``best`` says which end is good (a score is ``"highest"``). Equal ranks are ties.
+    beside it. Ranks may be any numbers, equal ones are ties; ``best`` says which end is good.
     """
 
     path: str
@@ -160,17 +159,8 @@ class Rankings:
         return _read(self.path, self.on_bad_line, self._record)
 
     def _record(self, row: Record, at: str) -> Record:
-        context = _context(row, self.messages, self.prompt, self.input, at)
-        responses = _value(row, self.responses, list, at)
-        if responses and all(isinstance(response, dict) for response in responses):
-            places = [f"{at}: {self.responses}[{i}]" for i in range(len(responses))]
-            texts = [_text(response, self.text, place) for response, place in zip(responses, places, strict=True)]
-            scores = [_number(response, self.rank, place) for response, place in zip(responses, places, strict=True)]
-        else:
-            named = {f"{self.responses}[{i}]": response for i, response in enumerate(responses)}
-            texts = [_text(named, name, at) for name in named]
-            listed = {f"{self.ranks}[{i}]": rank for i, rank in enumerate(_value(row, self.ranks, list, at))}
-            scores = [_number(listed, name, at) for name in listed]
+        context = fields.get_context(row, self.messages, self.prompt, self.input, at)
+        texts, scores = self._texts_and_scores(row, fields.get(row, self.responses, list, at), at)
         if len(scores) != len(texts):
             raise bad_data(f"{len(texts)} responses with {len(scores)} ranks", at=f"{at}: field {self.ranks!r}",
                            expected="one rank for each response", fix="correct the record")  # fmt: skip
@@ -181,10 +171,20 @@ class Rankings:
                            fix="remove the record: it prefers nothing to anything")  # fmt: skip
         return {"messages": context, "responses": texts, "ranks": [order.index(score) for score in scores]}
 
+    def _texts_and_scores(self, row: Record, responses: list[Any], at: str) -> tuple[list[str], list[float]]:
+        if responses and all(isinstance(response, dict) for response in responses):
+            placed = [(f"{at}: {self.responses}[{i}]", response) for i, response in enumerate(responses)]
+            return ([fields.get_text(response, self.text, place) for place, response in placed],
+                    [fields.get_number(response, self.rank, place) for place, response in placed])  # fmt: skip
+        texts = {f"{self.responses}[{i}]": response for i, response in enumerate(responses)}
+        ranks = {f"{self.ranks}[{i}]": rank for i, rank in enumerate(fields.get(row, self.ranks, list, at))}
+        return ([fields.get_text(texts, name, at) for name in texts],
+                [fields.get_number(ranks, name, at) for name in ranks])  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to answer: the field ``messages`` (the last from the user), or else the text ``prompt`` (and ``input``)."""
+    """Prompts to answer: the field ``messages`` (the last from the user), or else ``prompt`` (and ``input``)."""
 
     path: str
     prompt: str = "prompt"
@@ -193,14 +193,16 @@ class Prompts:
     on_bad_line: OnBadLine = "error"
 
     def records(self) -> Records:
-        return _read(self.path, self.on_bad_line,
-                     lambda row, at: {"messages": _context(row, self.messages, self.prompt, self.input, at)})  # fmt: skip
+        return _read(self.path, self.on_bad_line, self._record)
+
+    def _record(self, row: Record, at: str) -> Record:
+        return {"messages": fields.get_context(row, self.messages, self.prompt, self.input, at)}
 
 
 def split(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
-    """``(training, held out)``: about ``fraction`` is held out, by a hash of the prompt, so equal prompts stay together.
+    """``(training, held out)``: about ``fraction`` is held out, by a hash of the prompt.
 
-    The side of a record depends on its own prompt and the seed alone: adding records moves no other.
+    Equal prompts stay together, and a record's side depends on its prompt and the seed alone, not on other records.
     """
     if not 0.0 <= fraction <= 1.0:
         raise UserError(f"fraction {fraction}", at="split", expected="a number from 0 to 1", fix="correct it")
@@ -218,28 +220,6 @@ def prompt_of(record: Record) -> Any:
     messages = record["messages"]
     answered = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
     return [[message["role"], message["content"]] for message in messages[:answered]]
-
-
-def check_messages(value: Any, at: str, name: str, last: Literal["user", "assistant"]) -> list[dict[str, str]]:
-    """The conversation ``value``: perhaps a system message, then user and assistant in turn, up to one of ``last``."""
-    at = f"{at}: field {name!r}"
-    fix = "correct the record"
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise bad_data(_shown(value), at=at, expected='a list [{"role": ..., "content": ...}, ...]', fix=fix)
-    messages = []
-    for i, message in enumerate(value):
-        role, content = (_value(message, key, str, f"{at}: message {i}") for key in ("role", "content"))
-        if role not in ROLES:
-            raise bad_data(f"role {role!r}", at=f"{at}: message {i}", expected=f"one of {', '.join(ROLES)}", fix=fix)
-        if role != "system" and not content.strip():
-            raise bad_data(f"an empty {role} message", at=f"{at}: message {i}", expected="some text", fix=fix)
-        messages.append({"role": role, "content": content})
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or turns[-1:] != [last]:
-        raise bad_data(f"roles {', '.join(roles)}", at=at, fix=fix,
-                       expected=f"perhaps system, then user and assistant in turn, ending with {last}")  # fmt: skip
-    return messages
 
 
 def _read(path: str, on_bad_line: OnBadLine, convert: Callable[[Record, str], Record]) -> Records:
@@ -297,72 +277,8 @@ def _cut(lines: Iterator[str], unit: str) -> Iterator[str]:
         if paragraph:
             yield "\n".join(paragraph)
     else:
-        raise UserError(f"unit {unit!r}", at="TextFile.unit", expected="'file', 'paragraph' or 'line'", fix="correct it")
-
-
-def _context(row: Record, messages: str, prompt: str, extra: str, at: str) -> list[dict[str, str]]:
-    if messages in row:
-        return check_messages(row[messages], at, messages, last="user")
-    if isinstance(row.get(prompt), list):
-        return check_messages(row[prompt], at, prompt, last="user")
-    return [_user_turn(row, prompt, extra, at, (messages,))]
-
-
-def _user_turn(row: Record, prompt: str, extra: str, at: str, instead: tuple[str, ...]) -> dict[str, str]:
-    text = _text(row, prompt, at, instead)
-    if row.get(extra) not in (None, ""):
-        text += "\n\n" + _value(row, extra, str, at)
-    return {"role": "user", "content": text}
-
-
-def _response(row: Record, name: str, context: list[dict[str, str]], at: str) -> str:
-    if not isinstance(row.get(name), list):
-        return _text(row, name, at)
-    messages = row[name]
-    if len(messages) > 1:
-        whole = check_messages(messages, at, name, last="assistant")
-        if whole[:-1] != context:
-            raise Unusable("the conversation before the response is not the prompt")
-        return whole[-1]["content"]
-    if not messages or not isinstance(messages[0], dict) or messages[0].get("role") != "assistant":
-        raise bad_data(_shown(messages), at=f"{at}: field {name!r}", expected="text, or messages of the assistant",
-                       fix="correct the record")  # fmt: skip
-    return _text(messages[0], "content", f"{at}: field {name!r}")
+        raise UserError(f"unit {unit!r}", at="TextFile", expected="'file', 'paragraph' or 'line'", fix="correct it")
 
 
 def _is_transcript(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("\n\nHuman:")
-
-
-def _value(row: Record, name: str, kind: type, at: str, instead: tuple[str, ...] = ()) -> Any:
-    """The field ``name``, which must be of type ``kind``."""
-    if name not in row:
-        found = ", ".join(repr(key) for key in row) if row else "none"
-        wanted = " or ".join(repr(key) for key in (name, *instead))
-        raise bad_data(f"no field {wanted}; found the fields {found}", at=at, expected=f"the field {name!r}",
-                       fix=f"if it has another name, tell the source which field is meant by {name!r}")  # fmt: skip
-    value = row[name]
-    if not isinstance(value, kind):
-        kinds = {str: "text", list: "a list"}
-        raise bad_data(_shown(value), at=f"{at}: field {name!r}", expected=kinds.get(kind, kind.__name__),
-                       fix="correct the record, or name another field")  # fmt: skip
-    return value
-
-
-def _text(row: Record, name: str, at: str, instead: tuple[str, ...] = ()) -> str:
-    text = _value(row, name, str, at, instead)
-    if not text.strip():
-        raise bad_data(f"empty text {text!r:.20}", at=f"{at}: field {name!r}", expected="some text",
-                       fix='remove the record, or read with on_bad_line="skip"')  # fmt: skip
-    return text
-
-
-def _number(row: Record, name: str, at: str) -> float:
-    value = _value(row, name, object, at)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise bad_data(_shown(value), at=f"{at}: field {name!r}", expected="a finite number", fix="correct the rank")
-    return value
-
-
-def _shown(value: Any) -> str:
-    return f"a value of type {type(value).__name__}: {value!r:.80}"

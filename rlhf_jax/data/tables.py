@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from rlhf_jax.data.chat import Format, LossOn
 from rlhf_jax.data.packing import (
     Document,
@@ -19,6 +17,7 @@ from rlhf_jax.data.packing import (
     best_fit,
     check_too_long,
     concat_and_split,
+    full,
     length_error,
     one_per_row,
 )
@@ -104,8 +103,8 @@ def ranking_table(
             kept.append((sequences, record["ranks"]))
     _check_some(kept, "ranking", dropped)
     most = max(len(sequences) for sequences, _ in kept)
-    tokens = np.full((len(kept), most, width), tokenizer.pad_id, np.int32)
-    lengths, ranks = np.zeros((len(kept), most), np.int32), np.full((len(kept), most), -1, np.int32)
+    tokens = full((len(kept), most, width), tokenizer.pad_id)
+    lengths, ranks = full((len(kept), most), 0), full((len(kept), most), -1)
     for row, (sequences, order) in enumerate(kept):
         ranks[row, : len(order)] = order
         for k, sequence in enumerate(sequences):
@@ -124,19 +123,19 @@ def prompt_table(
     for number, record in enumerate(records):
         prompt = chat.prompt_tokens(tokenizer, record["messages"])
         if not prompt:
-            raise UserError(f"prompt {number} has no tokens", at="data", expected="at least one",
-                            fix="remove it, or use a chat format that writes something", exit_code=BAD_DATA)  # fmt: skip
+            raise UserError(f"prompt {number} has no tokens", at="data", expected="at least one", exit_code=BAD_DATA,
+                            fix="remove it, or use a chat format that writes something")  # fmt: skip
         if len(prompt) <= width:
             kept.append((prompt, record))
         elif too_long == "error":
             raise length_error(f"prompt {number}", len(prompt), width, "'drop'")
     _check_some(kept, "prompt", len(records) - len(kept))
-    tokens = np.full((len(kept), width), tokenizer.pad_id, np.int32)
+    tokens, lengths, index = full((len(kept), width), tokenizer.pad_id), full((len(kept),), 0), full((len(kept),), 0)
     for row, (prompt, _) in enumerate(kept):
         tokens[row, : len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt, _ in kept], np.int32)
-    return PromptTable(PromptBatch(tokens, lengths, np.arange(len(kept), dtype=np.int32)),
-                       tuple(record for _, record in kept), LengthReport(len(kept), 0, len(records) - len(kept)))  # fmt: skip
+        lengths[row], index[row] = len(prompt), row
+    report = LengthReport(len(kept), 0, len(records) - len(kept))
+    return PromptTable(PromptBatch(tokens, lengths, index), tuple(record for _, record in kept), report)
 
 
 def _shortened(prompt: list[int], responses: list[list[int]], width: int, too_long: TooLong) -> list[list[int]] | None:

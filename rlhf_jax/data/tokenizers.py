@@ -135,10 +135,14 @@ class _Subwords:
         tokenizer.no_truncation()
         return tokenizer
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         """Rows that an embedding needs: one more than the largest id, the padding id included."""
-        return max(max(self._library.get_vocab().values()), self.eos_id, self.pad_id) + 1
+        return max(self._largest_id, self.eos_id, self.pad_id) + 1
+
+    @cached_property
+    def _largest_id(self) -> int:
+        return max(self._library.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
@@ -194,7 +198,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
         vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=specials, show_progress=False,
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
-    pad, eos, bos = (tokenizer.token_to_id(name) for name in specials)
+    vocabulary = tokenizer.get_vocab()
+    pad, eos, bos = (vocabulary[name] for name in specials)
     return SubwordTokenizer(tokenizer.to_str(), eos_id=eos, pad_id=pad, bos_id=bos)
 
 
@@ -223,7 +228,7 @@ class SavedTokenizer(_Subwords):
             library.Tokenizer.from_str(text)
         except Exception as fault:  # the library raises bare Exception
             raise UserError(f"no readable tokenizer ({fault})", at=str(self._file), expected="a tokenizer.json",
-                            fix="save the tokenizer again in the `tokenizers` format", exit_code=BAD_DATA) from fault  # fmt: skip
+                            fix="save it again in the `tokenizers` format", exit_code=BAD_DATA) from fault  # fmt: skip
         return text
 
     @cached_property
@@ -241,30 +246,34 @@ class SavedTokenizer(_Subwords):
         template = self.settings.get("chat_template")
         return template if isinstance(template, str) else None
 
-    @cached_property
+    @property
     def eos_id(self) -> int:
-        found = self._find("eos", self.eos, EOS_NAMES)
-        if found is None:
+        return self._special_ids[0]
+
+    @property
+    def pad_id(self) -> int:
+        return self._special_ids[1]
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._special_ids[2]
+
+    @cached_property
+    def _special_ids(self) -> tuple[int, int, int | None]:
+        """EOS, padding and BOS."""
+        eos = self._find("eos", self.eos, EOS_NAMES)
+        if eos is None:
             raise UserError("the tokenizer has no end-of-sequence token", at=str(self._file),
                             expected=f"one of {', '.join(EOS_NAMES)}, or a name in tokenizer_config.json",
                             fix="name it: SavedTokenizer(path, eos='...')", exit_code=BAD_DATA)  # fmt: skip
-        return found
-
-    @cached_property
-    def pad_id(self) -> int:
-        found = self._find("pad", self.pad, PAD_NAMES)
-        if self.pad is not None and found is not None:
-            _check_distinct(self.eos_id, found, str(self._file))
-        if found is None or found == self.eos_id:
-            added = max(self._library.get_vocab().values()) + 1
-            reason = "no padding token" if found is None else "the same token for padding and end of sequence"
-            log.warning("%s has %s: padding gets the new id %d", self._file, reason, added)
-            return added
-        return found
-
-    @cached_property
-    def bos_id(self) -> int | None:
-        return self._find("bos", self.bos, BOS_NAMES)
+        pad = self._find("pad", self.pad, PAD_NAMES)
+        if self.pad is not None and pad is not None:
+            _check_distinct(eos, pad, str(self._file))
+        if pad is None or pad == eos:
+            reason = "no padding token" if pad is None else "one token for both padding and end of sequence"
+            pad = self._largest_id + 1
+            log.warning("%s has %s: padding gets the new id %d", self._file, reason, pad)
+        return eos, pad, self._find("bos", self.bos, BOS_NAMES)
 
     def _find(self, role: str, name: str | None, known: tuple[str, ...]) -> int | None:
         """Id of a special token: by the name given, by the settings' name, by the only well-known name present."""
@@ -279,8 +288,9 @@ class SavedTokenizer(_Subwords):
                 return self._library.token_to_id(candidate)
         present = [token for token in known if self._library.token_to_id(token) is not None]
         if len(present) > 1 and role == "eos":
-            raise UserError(f"several tokens could be the end of a sequence: {', '.join(present)}", at=str(self._file),
-                            expected="one", fix="name it: SavedTokenizer(path, eos='...')", exit_code=BAD_DATA)  # fmt: skip
+            raise UserError(f"several tokens could end a sequence: {', '.join(present)}", at=str(self._file),
+                            expected="one", exit_code=BAD_DATA,
+                            fix="name it: SavedTokenizer(path, eos='...')")  # fmt: skip
         return self._library.token_to_id(present[0]) if present else None
 
 
@@ -334,8 +344,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path, fix="save the tokenizer again"))
     except (json.JSONDecodeError, RecursionError) as fault:
-        raise UserError(f"broken JSON ({fault})", at=str(path), expected="a JSON object", fix="save the tokenizer again",
-                        exit_code=BAD_DATA) from fault  # fmt: skip
+        raise UserError(f"broken JSON ({fault})", at=str(path), expected="a JSON object",
+                        fix="save the tokenizer again", exit_code=BAD_DATA) from fault  # fmt: skip
     if not isinstance(value, dict):
         raise UserError(f"got a {type(value).__name__}", at=str(path), expected="a JSON object",
                         fix="save the tokenizer again", exit_code=BAD_DATA)  # fmt: skip
