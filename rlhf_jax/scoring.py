@@ -1,0 +1,94 @@
+"""Log-probabilities, values and scores of finished sequences.
+
+The counterpart of ``rlhf_jax.sampling``: what the sampler drew token by token is scored here in one forward pass, under
+the same temperature and filters. Only the states of the response are unembedded; prompts cost no vocabulary product.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.sampling import Sampling
+from rlhf_jax.types import Context, Key, PyTree, Rollout
+
+LOGITS_AT_A_TIME = 2**26
+"""Elements of the largest logits array (256 MiB in fp32) unless the caller chooses a chunk."""
+
+
+def response_logprobs(
+    model: Transformer,
+    params: PyTree,
+    rollout: Rollout,
+    sampling: Sampling,
+    *,
+    entropy: bool = True,
+    chunk: int | None = None,
+    dropout_key: Key | None = None,
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
+    """Log-probability of each response token under ``sampling``'s distribution, and the entropy of that in nats.
+
+    Both are 0 outside ``rollout.response_mask``. A token that has left the support of top-k, top-p or min-p since it
+    was sampled counts as part of it. With filters on, a probability within rounding of a cut-off may fall on either
+    side in sampler and scorer, which then normalise by slightly different supports.
+
+    Args:
+        model: the policy, or the reference policy.
+        params: its parameters; differentiable.
+        rollout: what was sampled.
+        sampling: how; temperature and filters are read.
+        entropy: False leaves it out, and returns None in its place.
+        chunk: positions to unembed at a time, see ``ops.logprobs``; None for as many as ``LOGITS_AT_A_TIME`` allows.
+        dropout_key: switches dropout on.
+    """
+    hidden, _, _ = _apply(model, params, rollout.tokens, rollout.context, dropout_key, method="hidden")
+    before = _response_slots(rollout) - 1
+    logprobs, entropies = token_logprobs(
+        jnp.take_along_axis(hidden, before[:, :, None], axis=1),
+        functools.partial(model.apply, {"params": params}, method="unembed"),
+        jnp.take_along_axis(rollout.tokens, before + 1, axis=1),
+        chunk=max(1, LOGITS_AT_A_TIME // model.vocab_size) if chunk is None else chunk,
+        entropy=entropy,
+        transform=sampling.filter,
+    )
+    mask = rollout.response_mask
+    return jnp.where(mask, logprobs, 0.0), None if entropies is None else jnp.where(mask, entropies, 0.0)
+
+
+def response_values(
+    model: ScalarModel, params: PyTree, rollout: Rollout, *, dropout_key: Key | None = None
+) -> Float[Array, "B N"]:
+    """The value of the state before each response token (read at the token before it); 0 outside the response."""
+    values = _apply(model, params, rollout.tokens, rollout.context, dropout_key)
+    before = jnp.take_along_axis(values, _response_slots(rollout) - 1, axis=1)
+    return jnp.where(rollout.response_mask, before, 0.0)
+
+
+def sequence_scores(
+    model: ScalarModel,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    *,
+    dropout_key: Key | None = None,
+) -> Float[Array, "B"]:
+    """One scalar for each right-padded sequence, read at its last token."""
+    values = _apply(model, params, tokens, Context.of_lengths(lengths, tokens.shape[1]), dropout_key)
+    return jnp.take_along_axis(values, (lengths - 1)[:, None], axis=1)[:, 0]
+
+
+def _apply(model, params: PyTree, tokens: Int[Array, "B T"], context: Context, dropout_key: Key | None, **options):
+    if dropout_key is None:
+        return model.apply({"params": params}, tokens, context, **options)
+    rngs = {"dropout": dropout_key}
+    return model.apply({"params": params}, tokens, context, deterministic=False, rngs=rngs, **options)
+
+
+def _response_slots(rollout: Rollout) -> Int[Array, "B N"]:
+    """Where the response's tokens stand, held inside the row for those that do not exist."""
+    slots = rollout.prompt_lengths[:, None] + jnp.arange(rollout.response_mask.shape[1])
+    return jnp.minimum(slots, rollout.tokens.shape[1] - 1)
