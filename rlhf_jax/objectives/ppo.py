@@ -1,8 +1,8 @@
 """PPO as a value of named choices: from rollouts and scores to experience, and from experience to losses.
 
 Every choice in which public RLHF systems differ is one field (``presets.py`` names their combinations). Everything
-here is arithmetic on response-aligned ``[B, N]`` arrays; models enter in ``actor_critic.py``, and the numbers of
-epochs, minibatches and microbatches belong to the training loop.
+here is arithmetic on response-aligned ``[B, N]`` arrays; models enter in ``policy.py``, and the numbers of epochs,
+minibatches and microbatches belong to the training loop.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class PPO:
         chex.assert_shape(score, mask.shape[:1])
         logprobs, ref_logprobs = jnp.where(mask, logprobs, 0), jnp.where(mask, ref_logprobs, 0)
         coef = jnp.asarray(kl_coef, jnp.float32)
-        value_mask = mask | self._score_slot(mask) if self.score_placement == "after_last" else mask
+        value_mask = self.value_mask(mask)
         rewards = self._rewards(mask, logprobs, ref_logprobs, self._final_score(score, rollout.finished), coef)
         if self.whiten_rewards is not None:
             rewards = self.whiten_rewards(rewards, value_mask)
@@ -215,6 +215,10 @@ class PPO:
             temperature=rollout.temperature,
         )
         return jax.lax.stop_gradient(experience)
+
+    def value_mask(self, response_mask: Bool[Array, "B N"]) -> Bool[Array, "B N"]:
+        """Slots whose state has a value: the response's, and the one that the score lands on."""
+        return response_mask | self._score_slot(response_mask)
 
     def with_weights(self, experience: Experience) -> Experience:
         """The minibatch with the weights under which its losses and metrics are sums. Before any split of it."""

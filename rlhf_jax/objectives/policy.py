@@ -1,0 +1,184 @@
+"""A policy and a critic trained by PPO: where parameters meet the arithmetic of ``ppo.py``.
+
+Dropout stays off here, as in the sampler: with it the first ratio would not be 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.objectives.ppo import PPO, Experience
+from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.sampling import Sampling
+from rlhf_jax.scoring import LOGITS_AT_A_TIME, response_logprobs, response_values
+from rlhf_jax.types import Key, Metrics, PyTree, Rollout
+
+Evaluation = tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]
+"""Log-probabilities, entropies and values of a rollout's responses."""
+
+
+@dataclass(frozen=True)
+class SeparateCritic:
+    """Two models that share nothing: ``params = {"policy": ..., "critic": ...}``.
+
+    Their gradients never meet, so one optimizer can hold a learning rate for each (``optax.multi_transform`` with the
+    two names as labels).
+    """
+
+    policy: Transformer
+    critic: ScalarModel
+
+    def join(self, policy_params: PyTree, critic_params: PyTree) -> PyTree:
+        """The parameters to train, from those of the two models."""
+        return {"policy": policy_params, "critic": critic_params}
+
+    def policy_params(self, params: PyTree) -> PyTree:
+        """Parameters of the language model, as the sampler takes them."""
+        return params["policy"]
+
+    def values(self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+        """The critic's value of each state in ``value_mask``."""
+        return response_values(self.critic, params["critic"], rollout.replace(response_mask=value_mask))
+
+    def evaluate(
+        self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"], sampling: Sampling, chunk: int | None
+    ) -> Evaluation:
+        """What the losses need, from one forward pass of each model."""
+        logprobs, entropy = response_logprobs(self.policy, params["policy"], rollout, sampling, chunk=chunk)
+        assert entropy is not None
+        return logprobs, entropy, self.values(params, rollout, value_mask)
+
+
+@dataclass(frozen=True)
+class SharedCritic:
+    """One trunk with two heads: the parameters are those of a ``ScalarModel`` whose trunk is the policy."""
+
+    critic: ScalarModel
+
+    @property
+    def policy(self) -> Transformer:
+        """The language model."""
+        return self.critic.trunk
+
+    def join(self, policy_params: PyTree, critic_params: PyTree) -> PyTree:
+        """The parameters to train: the policy's, with the critic's head (its trunk is not used)."""
+        return {**critic_params, "trunk": policy_params}
+
+    def policy_params(self, params: PyTree) -> PyTree:
+        """Parameters of the language model, as the sampler takes them."""
+        return params["trunk"]
+
+    def values(self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+        """The critic's value of each state in ``value_mask``."""
+        return response_values(self.critic, params, rollout.replace(response_mask=value_mask))
+
+    def evaluate(
+        self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"], sampling: Sampling, chunk: int | None
+    ) -> Evaluation:
+        """What the losses need, from one forward pass of the trunk."""
+        apply = functools.partial(self.policy.apply, {"params": params["trunk"]})
+        hidden, _, _ = apply(rollout.tokens, rollout.context, method="hidden")
+        slots = rollout.prompt_lengths[:, None] + jnp.arange(rollout.response_mask.shape[1])
+        slots = jnp.minimum(slots, rollout.tokens.shape[1] - 1)
+        before = jnp.take_along_axis(hidden, slots[:, :, None] - 1, axis=1)
+        logprobs, entropy = token_logprobs(
+            before,
+            functools.partial(apply, method="unembed"),
+            jnp.take_along_axis(rollout.tokens, slots, axis=1),
+            chunk=max(1, LOGITS_AT_A_TIME // self.policy.vocab_size) if chunk is None else chunk,
+            transform=sampling.filter,
+        )
+        assert entropy is not None
+        values = nn.Dense(1).apply({"params": params["head"]}, before.astype(jnp.float32))
+        assert isinstance(values, jax.Array)
+        mask = rollout.response_mask
+        return jnp.where(mask, logprobs, 0), jnp.where(mask, entropy, 0), jnp.where(value_mask, values[..., 0], 0)
+
+
+@dataclass(frozen=True)
+class PolicyOptimization:
+    """PPO of a policy and its critic, as ``prepare``, ``with_weights`` and ``loss``.
+
+    Args:
+        ppo: the choices.
+        models: how policy and critic hold their parameters.
+        sampling: how rollouts are drawn; log-probabilities are those of that distribution.
+        rows: rollout rows that ``prepare`` puts through the models at a time; None takes all.
+        chunk: positions to unembed at a time; None leaves it to ``scoring``.
+    """
+
+    ppo: PPO
+    models: SeparateCritic | SharedCritic
+    sampling: Sampling
+    rows: int | None = None
+    chunk: int | None = None
+
+    def prepare(
+        self,
+        params: PyTree,
+        ref_params: PyTree,
+        rollout: Rollout,
+        score: Float[Array, "B"],
+        kl_coef: Float[Array, ""],
+    ) -> Experience:
+        """Experience from a whole rollout and its scores. No gradient.
+
+        Args:
+            params: as ``models.join`` makes them, the same that the rollout was sampled with.
+            ref_params: of the reference policy, a language model like the policy.
+            rollout: sampled responses.
+            score: the reward model's one number per response.
+            kl_coef: the KL controller's present coefficient.
+        """
+
+        def forward(rollout: Rollout) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+            value_mask = self.ppo.value_mask(rollout.response_mask)
+            ref_logprobs, _ = response_logprobs(
+                self.models.policy, ref_params, rollout, self.sampling, entropy=False, chunk=self.chunk
+            )
+            return ref_logprobs, self.models.values(params, rollout, value_mask)
+
+        ref_logprobs, values = _by_rows(forward, rollout, self.rows)
+        return self.ppo.prepare(rollout, score, ref_logprobs, values, kl_coef)
+
+    def with_weights(self, experience: Experience) -> Experience:
+        """The minibatch with its weights. Before any split of it."""
+        return self.ppo.with_weights(experience)
+
+    def loss(self, params: PyTree, experience: Experience, key: Key | None = None) -> tuple[Float[Array, ""], Metrics]:
+        """Policy loss plus ``value_coef`` times value loss, and the metrics of both. ``key`` is not used."""
+        del key
+        logprobs, entropy, values = self.models.evaluate(
+            params, experience.rollout, experience.value_mask, self.sampling, self.chunk
+        )
+        policy_loss, policy_metrics = self.ppo.policy_loss(logprobs, entropy, experience)
+        value_loss, value_metrics = self.ppo.value_loss(values, experience)
+        return policy_loss + self.ppo.value_coef * value_loss, {**policy_metrics, **value_metrics}
+
+
+def _by_rows(function: Callable[[Rollout], PyTree], rollout: Rollout, rows: int | None) -> PyTree:
+    """``function(rollout)``, a few rows at a time; every ``total / rows``-th row together, so that shards stay put."""
+    total = rollout.tokens.shape[0]
+    if rows is None or rows >= total:
+        return function(rollout)
+    if total % rows:
+        raise ValueError(f"{total} rows of a rollout do not split into parts of {rows}; expected a divisor of {total}")
+    parts = total // rows
+
+    def split(x: Array) -> Array:
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
+        return jnp.swapaxes(x.reshape(rows, parts, *x.shape[1:]), 0, 1)
+
+    def merge(x: Array) -> Array:
+        return jnp.swapaxes(x, 0, 1).reshape(total, *x.shape[2:])
+
+    return jax.tree.map(merge, jax.lax.map(function, jax.tree.map(split, rollout)))
