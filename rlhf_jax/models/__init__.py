@@ -1,0 +1,29 @@
+"""Decoder language models as frozen values with pure ``init`` and ``apply``."""
+
+from rlhf_jax.models.ffn import MLP, GeGLU, SwiGLU
+from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.models.layers import LayerNorm, RMSNorm
+from rlhf_jax.models.mixers import Attention
+from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, count_params, init_params
+from rlhf_jax.models.positions import Learned, RoPE, Sinusoidal
+from rlhf_jax.models.transformer import Block, Transformer, empty_cache
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "GeGLU",
+    "LayerNorm",
+    "Learned",
+    "RMSNorm",
+    "RoPE",
+    "ScalarModel",
+    "Sinusoidal",
+    "SwiGLU",
+    "Transformer",
+    "abstract_params",
+    "boxed_abstract_params",
+    "count_params",
+    "empty_cache",
+    "init_params",
+]

@@ -1,0 +1,268 @@
+"""The decoder: embeddings, a repeated pattern of blocks, and the unembedding.
+
+One call serves training, prefill and decoding; the law is ``full(x) = prefill(x[:t]) then decode(x[t:])``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.models.layers import RMSNorm, Shared, Style, dropped, parameter
+from rlhf_jax.models.positions import Learned, Position, RoPE, Sinusoidal
+from rlhf_jax.ops.positions import sinusoidal
+from rlhf_jax.types import Cache, Context, PyTree
+
+REMAT_POLICIES = (
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
+"""Names in ``jax.checkpoint_policies``: what the backward pass may keep instead of computing it again."""
+
+
+class Block(nn.Module):
+    """A mixer and a feed-forward, each a step of the residual stream. ``ffn=None`` leaves the second out."""
+
+    mixer: nn.Module
+    ffn: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], shared: Shared, norm: nn.Module, cache: PyTree | None):
+        style, aux = shared.style, {}
+        mixer_norm = norm.clone(name="mixer_norm", parent=self)
+        y, cache = self.mixer(mixer_norm(x, style) if style.prenorm else x, shared, cache)
+        x = x + dropped(self, y, shared)
+        x = x if style.prenorm else mixer_norm(x, style)
+        if self.ffn is not None:
+            ffn_norm = norm.clone(name="ffn_norm", parent=self)
+            y, aux = self.ffn(ffn_norm(x, style) if style.prenorm else x, shared)
+            x = x + dropped(self, y, shared)
+            x = x if style.prenorm else ffn_norm(x, style)
+        return x, cache, aux
+
+
+class Pattern(nn.Module):
+    """One round of the pattern of blocks: the body that is repeated."""
+
+    blocks: tuple[Block, ...]
+    norm: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], shared: Shared, caches: tuple[PyTree, ...] | None):
+        found, written = [], []
+        for index, block in enumerate(self.blocks):
+            x, cache, aux = block(x, shared, self.norm, None if caches is None else caches[index])
+            written.append(cache)
+            found.append(aux)
+        return x, (None if caches is None else tuple(written), tuple(found))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        vocab_size: number of tokens.
+        d_model: width of the residual stream.
+        pattern: blocks that follow each other; the whole pattern is repeated.
+        repeats: how often; the number of layers is ``repeats * len(pattern)``.
+        position: ``RoPE``, ``Learned``, ``Sinusoidal`` or None.
+        norm: ``LayerNorm`` or ``RMSNorm``, used for every norm of the model.
+        prenorm: normalise what a layer reads; otherwise what it has written (GPT-1).
+        final_norm: normalise before the unembedding.
+        max_length: the context limit, in tokens of a row and slots of a cache.
+        tie_embeddings: unembed with the embedding matrix.
+        logit_softcap: bound the logits by ``cap * tanh(logits / cap)``.
+        dropout: of embeddings and of what each layer writes.
+        init_std: standard deviation of all weights that are not named otherwise.
+        scale_residual_init: divide that of projections into the residual stream by the square root of their number.
+        remat: one of ``REMAT_POLICIES``, applied to each round of the pattern; None keeps all activations.
+        dtype: of the computation; norms' statistics, softmax and logits are always fp32.
+        param_dtype: of the parameters.
+    """
+
+    vocab_size: int
+    d_model: int
+    pattern: tuple[Block, ...]
+    repeats: int = 1
+    position: Position | None = RoPE()
+    norm: nn.Module = RMSNorm()
+    prenorm: bool = True
+    final_norm: bool = True
+    max_length: int = 2048
+    tie_embeddings: bool = True
+    logit_softcap: float | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    scale_residual_init: bool = True
+    remat: str | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "repeats", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.pattern:
+            raise ValueError("pattern is empty; expected at least one Block")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap must be positive, got {self.logit_softcap}; None switches it off")
+        if self.remat is not None and self.remat not in REMAT_POLICIES:
+            raise ValueError(f"unknown remat policy {self.remat!r}; expected None or one of {REMAT_POLICIES}")
+        for block in self.pattern:
+            jax.eval_shape(lambda block=block: block.mixer.empty_cache(1, 1, self.d_model, self.dtype))
+        super().__post_init__()
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.repeats * len(self.pattern)
+
+    @property
+    def style(self) -> Style:
+        """What the layers follow."""
+        writers = self.repeats * sum(1 if block.ffn is None else 2 for block in self.pattern)
+        residual_std = self.init_std * writers**-0.5 if self.scale_residual_init else self.init_std
+        return Style(
+            position=self.position,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            init_std=self.init_std,
+            residual_std=residual_std,
+            dropout=self.dropout,
+            prenorm=self.prenorm,
+        )
+
+    def setup(self):
+        exact = Style(dtype=jnp.float32, param_dtype=self.param_dtype)
+        shape, axes = (self.vocab_size, self.d_model), ("vocab", "embed")
+        self.embedding = parameter(self, "embedding", shape, axes, self.init_std, exact)
+        if not self.tie_embeddings:
+            self.unembedding = parameter(self, "unembedding", shape, axes, self.init_std, exact)
+        if isinstance(self.position, Learned):
+            shape, axes = (self.max_length, self.d_model), ("position", "embed")
+            self.position_embedding = parameter(self, "position_embedding", shape, axes, self.position.std, exact)
+        body = Pattern
+        if self.remat is not None:
+            body = nn.remat(body, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.remat))
+        self.stack = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(**self._pattern())
+        if self.final_norm:
+            self.last_norm = self.norm.clone(parent=None)
+
+    def _pattern(self) -> dict[str, Any]:
+        """Fields of the repeated body, free of any tie to this module."""
+        free = tuple(block.clone(parent=None, _deep_clone=True) for block in self.pattern)
+        return {"blocks": free, "norm": self.norm.clone(parent=None)}
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], context: Context, cache: Cache | None = None, deterministic: bool = True
+    ) -> tuple[Float[Array, "B T V"], Cache | None, dict[str, Float[Array, "layers"]]]:
+        """Logits (fp32) of the next token after each token."""
+        x, cache, aux = self.hidden(tokens, context, cache, deterministic)
+        return self.unembed(x), cache, aux
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], context: Context, cache: Cache | None = None, deterministic: bool = True
+    ) -> tuple[Float[Array, "B T E"], Cache | None, dict[str, Float[Array, "layers"]]]:
+        """What the unembedding reads.
+
+        Args:
+            tokens: new tokens of each row.
+            context: their positions and segments.
+            cache: of the tokens before them; the new ones are entered at ``next_slot`` and after, which must exist.
+            deterministic: no dropout; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Returns:
+            The hidden states, the cache with the new tokens in it, and scalars that layers report about themselves.
+        """
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"rows of {tokens.shape[1]} tokens exceed the model's max_length {self.max_length}; shorten the rows "
+                "or build the model with a larger max_length"
+            )
+        shared = Shared(context, context, style=self.style, deterministic=deterministic)
+        x = dropped(self, self._embed(tokens, context), shared)
+        if cache is None:
+            x, (_, aux) = self.stack(x, shared, None)
+        else:
+            cache = _enter(cache, context)
+            shared = shared.replace(keys=Context(cache.positions, cache.segments), slot=cache.next_slot)
+            x, layers, aux = self._through_cache(x, shared, cache.layers)
+            cache = cache.replace(layers=layers, next_slot=cache.next_slot + tokens.shape[1])
+        if self.final_norm:
+            x = self.last_norm(x, shared.style)
+        return x, cache, _gather(aux)
+
+    def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+        """Logits in fp32."""
+        matrix = self.embedding if self.tie_embeddings else self.unembedding
+        logits = jnp.einsum("...e,ve->...v", hidden.astype(jnp.float32), matrix)
+        return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+
+    def _embed(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T E"]:
+        x = jnp.take(self.embedding, tokens, axis=0)
+        if isinstance(self.position, Learned):
+            x = x + jnp.take(self.position_embedding, context.positions, axis=0)
+        elif isinstance(self.position, Sinusoidal):
+            waves = sinusoidal(context.positions, self.d_model, self.position.base)
+            x = x + self.position.amplitude * waves
+        return x.astype(self.dtype)
+
+    def _through_cache(self, x: Float[Array, "B T E"], shared: Shared, layers: tuple[PyTree, ...]):
+        """The layers one by one, each with its own cache buffers.
+
+        A scan would slice and restack the cache at every step; separate buffers are updated in place inside a decode
+        loop (measured: 2.5 times as fast).
+        """
+        stacked, width = self.stack.variables["params"], len(self.pattern)
+        body = Pattern(**self._pattern(), parent=None)
+        written, found = [], []
+        for index in range(self.repeats):
+            params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+            own = layers[index * width : (index + 1) * width]
+            x, (own, aux) = body.apply({"params": params}, x, shared, own)
+            written.extend(own)
+            found.append(aux)
+        return x, tuple(written), jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
+def empty_cache(model: Transformer, batch: int, slots: int) -> Cache:
+    """A cache for ``batch`` rows of up to ``slots`` tokens, all slots free."""
+    if slots > model.max_length:
+        raise ValueError(f"a cache of {slots} slots exceeds the model's max_length {model.max_length}")
+    mixers = [block.mixer for block in model.pattern] * model.repeats
+    return Cache(
+        layers=tuple(mixer.empty_cache(batch, slots, model.d_model, model.dtype) for mixer in mixers),
+        positions=jnp.zeros((batch, slots), jnp.int32),
+        segments=jnp.zeros((batch, slots), jnp.int32),
+        next_slot=jnp.zeros((), jnp.int32),
+    )
+
+
+def _enter(cache: Cache, context: Context) -> Cache:
+    """Note the new tokens' positions and segments in their slots."""
+    place = (0, cache.next_slot)
+    return cache.replace(
+        positions=jax.lax.dynamic_update_slice(cache.positions, context.positions.astype(jnp.int32), place),
+        segments=jax.lax.dynamic_update_slice(cache.segments, context.segments.astype(jnp.int32), place),
+    )
+
+
+def _gather(aux: tuple[dict[str, Float[Array, "repeats"]], ...]) -> dict[str, Float[Array, "layers"]]:
+    """All values reported under one name, of all layers that report it."""
+    names = dict.fromkeys(name for found in aux for name in found)
+    return {name: jnp.concatenate([found[name] for found in aux if name in found]) for name in names}
