@@ -223,7 +223,7 @@ def own_module(monkeypatch):
 def test_describe_and_revive_are_inverse(own_module):
     value = config.override(
         BASE,
-        {"model.mixer.dtype": "bfloat16", "train.clip_norm": "inf", "train.color": "BLUE", "stages.ppo.train.tags": "a"},
+        {"model.mixer.dtype": "bfloat16", "train.clip_norm": "inf", "train.color": "BLUE", "stages.1.train.tags": "a"},
     )
     described = json.loads(json.dumps(config.describe(value), allow_nan=False))
     assert described == config.describe(value)
@@ -237,7 +237,10 @@ def test_describe_and_revive_are_inverse(own_module):
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-        lambda inner: st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text() | st.just("class"), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3).map(tuple)
+            | st.dictionaries(st.text() | st.sampled_from(["class", "dtype"]), inner, max_size=3)
+        ),
         max_leaves=8,
     )
 )
@@ -319,7 +322,8 @@ def test_a_file_is_loaded_with_classes_of_its_own(tmp_path):
         "from __future__ import annotations\nimport dataclasses\n"
         "@dataclasses.dataclass(frozen=True)\nclass E:\n    lr: float = 0.1\n    seed: int = 0\n"
         "def config():\n    return E()\n"
-        "def sweep():\n    for seed in range(2):\n        yield {'seed': seed, 'lr': '1e-2'}\n    yield 'named', {'lr': 3.0}\n",
+        "def sweep():\n    for seed in range(2):\n        yield {'seed': seed, 'lr': '1e-2'}\n"
+        "    yield 'named', {'lr': 3.0}\n",
     )
     file = config.load(path)
     value = file.config()

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_jax.config.parsing import Mismatch, parse
 from rlhf_jax.config.paths import children, element_names, field_hints, is_linen, is_node, leaves, nearest
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import USAGE, UserError
 
 
 def parse_assignments(words: Iterable[str]) -> dict[str, str]:
@@ -74,11 +74,9 @@ class _Change:
             updates[name] = self.apply(getattr(value, name), below, _join(at, name), hints.get(name, Any))
         try:
             return value.clone(**updates) if is_linen(value) else dataclasses.replace(value, **updates)
-        except UserError:
-            raise
         except (ValueError, TypeError) as error:
             changed = ", ".join(_join(at, name) for name in updates)
-            raise UserError(str(error), at=changed) from error
+            raise UserError(str(error), at=changed, exit_code=getattr(error, "exit_code", USAGE)) from error
 
     def _apply_items(self, value: Mapping[Any, Any], pending: _Pending, at: str, hint: Any) -> dict[Any, Any]:
         keys = {str(key): key for key in value}
