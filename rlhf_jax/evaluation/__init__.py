@@ -1,0 +1,1 @@
+"""What a trained model is worth, each number with its interval."""
