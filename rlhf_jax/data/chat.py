@@ -112,7 +112,8 @@ class TemplateFormat:
 
     The template must write an answer as its text (perhaps stripped) followed by the tokenizer's EOS; what it writes
     after that (often a line break) opens the context of the next turn. Templates run in Jinja's immutable sandbox with
-    bounds on their size and on what they write; they can still waste time, so take them from people you trust.
+    bounds on their size and on what they write; they can still waste time and memory, so take them from people
+    you trust. Special tokens that a message names count as those tokens in its context, never in an answer.
     """
 
     template: str

@@ -49,7 +49,7 @@ def get_number(row: Record, name: str, at: str) -> float:
 
 
 def get_context(row: Record, messages: str, prompt: str, extra: str, at: str) -> Messages:
-    """What comes before an answer: the conversation ``messages`` (or ``prompt``), or the text ``prompt`` and ``extra``."""
+    """What comes before an answer: a conversation (``messages`` or ``prompt``), or the text ``prompt``, ``extra``."""
     if row.get(messages) is not None:
         return check_messages(row[messages], at, messages, last="user")
     if isinstance(row.get(prompt), list):

@@ -1,7 +1,7 @@
 """Endless shuffled batches and single passes over tables, deterministic and resumable (Grain).
 
-Everything is tokenized before (``tables``), so Grain only orders and mixes row numbers, in this process, and a batch is
-one gather. The stream is a function of the tables, the batch size, the weights and the seed: each epoch has its own
+Everything is tokenized before (``tables``), so Grain only mixes and batches row numbers, in this process, and a batch
+is one gather. The stream is a function of the tables, the batch size, the weights and the seed: each epoch has its own
 order, and the state of an iterator is a few JSON values from which the next batch is exact.
 """
 
@@ -20,6 +20,7 @@ from rlhf_jax.types import PromptBatch, RankingBatch, TokenBatch
 
 Batch = TypeVar("Batch", TokenBatch, RankingBatch, PromptBatch)
 LARGEST_INDEX = 2**31
+ENDLESS = 2**60
 
 
 class BatchIterator(Generic[Batch]):
@@ -62,13 +63,13 @@ def shuffled_batches(
         seed: of the order; every epoch of a table is another permutation.
         weights: the share of rows that each table gives; by default as many rows as it has.
     """
-    _check(tables, batch_size, weights)
+    _check(tables, batch_size, weights, seed)
     sizes = [_rows(table) for table in tables]
     starts = np.cumsum([0, *sizes[:-1]])
     shares = [float(weight) for weight in (sizes if weights is None else weights)]
     table = _joined(tables)
     orders = [
-        grain.MapDataset.range(int(start), int(start) + size).seed(seed + i).shuffle().repeat()
+        grain.MapDataset.range(ENDLESS).map(_Shuffled(int(start), size, (seed, i)))
         for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
     ]
     total = sum(shares)
@@ -91,6 +92,25 @@ def one_pass(table: Batch, batch_size: int) -> Iterator[Batch]:
         missing = batch_size - len(part["tokens"])
         filled = {name: _with_empty_rows(name, array, missing) for name, array in part.items()}
         yield dataclasses.replace(table, **filled)
+
+
+class _Shuffled:
+    """Row number at each place of an endless stream: epoch after epoch, each another permutation of the rows.
+
+    Grain's own ``shuffle`` finds each index by itself, which needs no memory but takes milliseconds an index where rows
+    are few; our rows are in memory anyhow, so a permutation per epoch costs nothing.
+    """
+
+    def __init__(self, start: int, size: int, seed: tuple[int, ...]):
+        self._start, self._size, self._seed = start, size, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __call__(self, place: int) -> int:
+        epoch, within = divmod(place, self._size)
+        if epoch != self._epoch:
+            order = np.random.default_rng((*self._seed, epoch)).permutation(self._size)
+            self._epoch, self._order = epoch, order
+        return self._start + int(self._order[within])
 
 
 def _gather(table: Batch, rows: np.ndarray, first: int) -> Batch:
@@ -141,9 +161,11 @@ def _checksum(table: Any) -> int:
     return zlib.crc32(np.ascontiguousarray(table.tokens).tobytes())
 
 
-def _check(tables: Sequence[Any], batch_size: int, weights: Sequence[float] | None) -> None:
+def _check(tables: Sequence[Any], batch_size: int, weights: Sequence[float] | None, seed: int = 0) -> None:
     if not tables or any(_rows(table) == 0 for table in tables):
         raise UserError("a table without rows", at="batches", expected="at least one row in each", fix="check the data")
+    if seed < 0:
+        raise UserError(f"seed {seed}", at="batches", expected="0 or a positive integer", fix="correct it")
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}", at="batches", expected="at least 1", fix="raise it")
     if weights is not None and (len(weights) != len(tables) or not all(0 < w < float("inf") for w in weights)):

@@ -100,8 +100,8 @@ class Demonstrations:
     def _record(self, row: Record, at: str) -> Record:
         if row.get(self.messages) is not None:
             return {"messages": fields.check_messages(row[self.messages], at, self.messages, last="assistant")}
-        answer = {"role": "assistant", "content": fields.get_text(row, self.response, at)}
-        return {"messages": [fields.get_user_turn(row, self.prompt, self.input, at, (self.messages,)), answer]}
+        question = fields.get_user_turn(row, self.prompt, self.input, at, (self.messages,))
+        return {"messages": [question, {"role": "assistant", "content": fields.get_text(row, self.response, at)}]}
 
 
 @dataclass(frozen=True)
