@@ -16,6 +16,7 @@ from rlhf_jax import config
 from rlhf_jax.errors import MISSING_INPUT, UserError
 from rlhf_jax.runs.files import read_json, read_rows
 from rlhf_jax.runs.rundir import CONFIG_FILE, SUMMARY_FILE, read_config
+from rlhf_jax.training.metrics import read_metrics
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -29,8 +30,9 @@ class Series:
     values: Float[np.ndarray, " R"]
 
     @property
-    def last(self) -> float:
-        return float(self.values[-1])
+    def tail(self) -> float:
+        """The mean of the last twentieth of the rows (of the last row at least): a noisy curve's final number."""
+        return float(self.values[-max(1, len(self.values) // 20) :].mean())
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class Run:
         return {f"{s.name}: {name}": series for s in self.stages.values() for name, series in s.metrics.items()}
 
     def numbers(self) -> dict[str, Number]:
-        """All final numbers: the run's own, then ``stage: name`` (its last row where the summary says nothing)."""
+        """All final numbers: the run's own, then ``stage: name`` (of a curve its tail)."""
         found = dict(self.final)
         for stage in self.stages.values():
-            last = {name: Number(series.last) for name, series in stage.metrics.items()}
-            found |= {f"{stage.name}: {name}": number for name, number in (last | stage.final).items()}
+            tails = {name: Number(series.tail) for name, series in stage.metrics.items()}
+            found |= {f"{stage.name}: {name}": number for name, number in (tails | stage.final).items()}
         return found
 
 
@@ -119,17 +121,17 @@ def _began(folder: Path) -> float:
 
 def _read_stage(folder: Path) -> StageRecord:
     final = final_numbers(_optional_json(folder / SUMMARY_FILE))
-    return StageRecord(folder.name, read_metrics(folder / METRICS_FILE), final, read_rows(folder / SAMPLES_FILE))
+    return StageRecord(folder.name, read_series(folder / METRICS_FILE), final, read_rows(folder / SAMPLES_FILE))
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def read_metrics(path: Path) -> dict[str, Series]:
+def read_series(path: Path) -> dict[str, Series]:
     """Metric name -> series; of a step that was written twice the last row counts, and text is left out."""
     columns: dict[str, dict[int, float]] = {}
-    for row in read_rows(path):
+    for row in read_metrics(path):
         step = row.get("step")
         if not isinstance(step, int):
             continue

@@ -1,0 +1,232 @@
+"""What ``rlhf-jax VERB`` does: one class for each verb, its fields the options, ``run`` the work.
+
+Everything heavy is imported inside ``run``, so that ``--help`` and mistakes in the words are answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+
+if TYPE_CHECKING:
+    from rlhf_jax.config import ConfigFile
+
+
+class Verb(Protocol):
+    """A command with its options."""
+
+    def run(self) -> None: ...
+
+
+File = Annotated[Positional[Path], arg(metavar="FILE", help="Experiment: a Python file with config().")]
+Set = Annotated[
+    UseAppendAction[tuple[tuple[str, ...], ...]],
+    arg(name="set", metavar="PATH=VALUE", help="Change fields of the configuration, such as seed=1."),
+]
+RunDir = Annotated[Positional[Path], arg(metavar="RUN_DIR", help="Directory of a run.")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run an experiment, or go on with one."""
+
+    file: File
+    overrides: Set = ()
+    run_dir: Annotated[Path | None, arg(help="Where it runs; default runs/NAME-FINGERPRINT.")] = None
+    resume: Annotated[FlagCreatePairsOff[bool], arg(help="Go on with the run that the directory holds.")] = False
+    only: Annotated[tuple[str, ...], arg(metavar="STAGE...", help="Run these stages alone.")] = ()
+
+    def run(self) -> None:
+        from rlhf_jax import config
+        from rlhf_jax.runs.rundir import default_directory
+
+        file, experiment, overrides = _resolved(self.file, self.overrides)
+        directory = self.run_dir
+        if directory is None:
+            directory = default_directory(getattr(experiment, "name", file.path.stem), config.describe(experiment))
+        _run_experiment(experiment, directory, self.resume, self.only, file.path, overrides)
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print the resolved configuration, parameter counts, tokens and memory, without running anything."""
+
+    file: File
+    overrides: Set = ()
+
+    def run(self) -> None:
+        _, experiment, _ = _resolved(self.file, self.overrides)
+        from rlhf_jax import experiment as program
+
+        program.show(experiment)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Run every value of the file's sweep(), each in its own directory; finished ones are skipped."""
+
+    file: File
+    root: Annotated[Path | None, arg(help="Parent of the run directories; default runs/FILE-sweep.")] = None
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from rlhf_jax import config
+        from rlhf_jax.runs.sweep import run_sweep
+
+        console = Console(stderr=True, highlight=False)
+        file = config.load(self.file)
+        root = self.root if self.root is not None else Path("runs") / f"{file.path.stem}-sweep"
+
+        def run(value: Any, directory: Path, overrides: Mapping[str, Any]) -> None:
+            # A directory without a run is started anew in spite of resume.
+            _run_experiment(value, directory, True, (), file.path, overrides)
+
+        def report(number: int, total: int, name: str, what: str) -> None:
+            console.print(f"[{number}/{total}] {what} {name}", markup=False)
+
+        directories = run_sweep(file, root, run, report)
+        console.print(f"compare them: rlhf-jax compare {' '.join(map(str, directories))}", markup=False)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Print a table of several runs' final numbers and write plots; runs that differ by the seed are one column."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...", help="Run directories.")]
+    metric: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help="A metric, a part of its name, or a pattern.")
+    ] = ()
+    out: Annotated[Path | None, arg(help="Write plots (PNG) into this folder.")] = None
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from rlhf_jax.errors import UserError
+        from rlhf_jax.runs import compare
+        from rlhf_jax.runs.read import read_run
+
+        if not self.runs:
+            raise UserError("no run was named", expected="rlhf-jax compare RUN_DIR [RUN_DIR ...]")
+        runs = [read_run(path) for path in self.runs]
+        console = Console()
+        console.print(compare.comparison(runs, self.metric))
+        for path in compare.save_plots(runs, self.out, self.metric) if self.out is not None else []:
+            console.print(f"wrote {path}", markup=False, highlight=False)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Answer prompts with the policy of a run."""
+
+    run_dir: RunDir
+    prompt: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="A prompt; may be given again.")]
+    stage: Annotated[str | None, arg(help="Whose policy; default that of the last stage that has one.")] = None
+    max_new_tokens: Annotated[int | None, arg(help="Longest response; default as in the experiment.")] = None
+    temperature: Annotated[float | None, arg(help="0 is greedy; default as in the experiment.")] = None
+    seed: int = 0
+    number: Annotated[int, arg(aliases=["-n"], help="Responses to each prompt.")] = 1
+
+    def run(self) -> None:
+        from rich.console import Console
+        from rich.rule import Rule
+        from rich.text import Text
+
+        from rlhf_jax import experiment as program
+        from rlhf_jax.errors import UserError
+
+        if not self.prompt:
+            raise UserError("no prompt was given", at="--prompt", expected="a text")
+        responses = program.sample(
+            self.run_dir,
+            self.prompt,
+            stage=self.stage,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            number=self.number,
+        )
+        console = Console(highlight=False)
+        for prompt, answers in zip(self.prompt, responses, strict=True):
+            console.print(Rule(Text(prompt, style="bold"), align="left"))
+            for answer in answers:
+                console.print(Text(answer), end="\n\n")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Repeat the evaluation at the end of a run."""
+
+    run_dir: RunDir
+
+    def run(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        from rlhf_jax import experiment as program
+        from rlhf_jax.runs.compare import number_text
+        from rlhf_jax.runs.read import final_numbers
+
+        table = Table("number", "value")
+        for name, number in final_numbers(program.evaluate(self.run_dir)).items():
+            table.add_row(Text(name), Text(number_text(number)))
+        Console().print(table)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at devices, versions and disk, compile a small program, and say what is wrong."""
+
+    folder: Annotated[Path, arg(help="Where runs will be written.")] = Path(".")
+
+    def run(self) -> None:
+        from rlhf_jax.cli.doctor import examine
+
+        examine(self.folder)
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read a local Hugging Face folder (GPT-2 or Llama, safetensors) and save it as a model of this package."""
+
+    source: Annotated[Positional[Path], arg(metavar="SRC", help="Folder with config.json and *.safetensors.")]
+    target: Annotated[Positional[Path], arg(metavar="DST", help="Folder to write.")]
+
+    def run(self) -> None:
+        from rlhf_jax.models.huggingface import import_folder
+
+        import_folder(self.source, self.target)
+
+
+VERBS = (
+    Annotated[Run, subcommand("run")]
+    | Annotated[Show, subcommand("show")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Sample, subcommand("sample")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Import, subcommand("import")]
+)
+
+
+def _resolved(path: Path, words: tuple[tuple[str, ...], ...]) -> tuple[ConfigFile, Any, dict[str, str]]:
+    """The experiment of a file with the overrides of the command line."""
+    from rlhf_jax import config
+
+    overrides = config.parse_assignments(word for group in words for word in group)
+    file = config.load(path)
+    return file, config.override(file.config(), overrides), overrides
+
+
+def _run_experiment(
+    experiment: Any, directory: Path, resume: bool, only: tuple[str, ...], source: Path, overrides: Mapping[str, Any]
+) -> None:
+    from rlhf_jax import experiment as program
+
+    program.run(experiment, directory, resume=resume, only=only, source=source, overrides=dict(overrides))
