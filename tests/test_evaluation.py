@@ -12,7 +12,7 @@ from scipy import stats
 from rlhf_jax.evaluation import comparison, estimates, language, preferences, responses
 from rlhf_jax.evaluation.estimates import Estimate
 from rlhf_jax.models import MLP, Attention, Block, Transformer, init_params
-from rlhf_jax.types import RankingBatch, TokenBatch
+from rlhf_jax.types import RankingBatch, Rollout, TokenBatch
 
 RNG = np.random.default_rng(0)
 
@@ -141,6 +141,16 @@ def test_difference_is_paired():
     assert found.value == pytest.approx(0.1, abs=0.01) and 0.09 < found.low < found.high < 0.11
 
 
+def test_all_policies_against_one():
+    rewards = {"sft": RNG.normal(size=20), "ppo": RNG.normal(size=20) + 1, "best": np.full((20, 2), 9.0)}
+    found = comparison.against(rewards, "sft")
+    assert list(found) == ["gold/sft", "gold/ppo", "gold/best", "win_rate/ppo", "win_rate/best"]
+    assert found["win_rate/ppo"] == comparison.win_rate(rewards["ppo"], rewards["sft"])
+    assert found["gold/best"].value == 9.0 and found["win_rate/best"].value == 1.0
+    with pytest.raises(ValueError, match="'base'"):
+        comparison.against(rewards, "base")
+
+
 @pytest.mark.parametrize("bad", [np.ones(3), np.ones((2, 2, 2)), np.array([np.nan, 1.0])])
 def test_rewards_that_cannot_be_compared_are_refused(bad):
     with pytest.raises(ValueError):
@@ -255,6 +265,29 @@ def test_rows_of_a_prompt_are_one_unit():
     assert found.n == 2 and found.value == pytest.approx(10 / 3)
     with pytest.raises(ValueError, match="groups"):
         responses.length(MASK, groups=np.array([1, 2]))
+
+
+def test_describe_reads_the_rollout():
+    rollout = Rollout(
+        tokens=np.array([[8, 8, 5, 6, 5, 6, 5, 9], [8, 1, 2, 3, 0, 0, 0, 0], [8, 8, 8, 4, 0, 0, 0, 0]]),
+        prompt_lengths=np.array([2, 1, 3]),
+        response_mask=MASK,
+        logprobs=np.where(MASK, -1.0, 0.0),
+        finished=np.array([True, True, False]),
+        index=np.array([4, 4, 5]),
+        policy_step=np.array(0),
+    )
+    tokens = responses.response_tokens(rollout)
+    np.testing.assert_array_equal(tokens[MASK], TOKENS[MASK])
+    found = responses.describe(rollout, ref_logprobs=np.where(MASK, -1.1, 0.0), entropies=np.where(MASK, 2.0, 0.0))
+    groups = np.array([0, 0, 1])
+    assert found["length"] == responses.length(MASK, groups) and found["length"].n == 2
+    assert found["finished"].value == pytest.approx(2 / 3)
+    assert found["repetition"] == responses.repetition(TOKENS, MASK, 3, groups)
+    assert found["entropy"].value == 2.0
+    assert found["kl_per_sequence"].value == pytest.approx(1 / 3)
+    assert found["kl_per_token"].value == pytest.approx(0.1)
+    assert set(responses.describe(rollout)) == {"length", "finished", "repetition"}
 
 
 # language

@@ -137,9 +137,16 @@ def test_records_are_deterministic_and_extend_each_other():
 def test_generated_text_is_pinned():
     """Published numbers depend on the data: it may change only together with them."""
     assert TASK.demonstrations(1, seed=0)[0]["messages"] == [
-        {"role": "user", "content": "Good morning. I need five apples, one cabbage and two lemons."},
-        {"role": "assistant", "content": "Hello! I have five apples, one cabbage and two lemons for you. Many thanks!"},
+        {"role": "user", "content": "Hello. Please give me three pears, four tomatoes and two oranges."},
+        {"role": "assistant", "content": "I have four tomatoes and two oranges for you."},
     ]
+    assert TASK.texts(1, seed=0)[0]["text"] == (
+        "The clerk says: Good morning! Ben says: I would like three buns, one egg and five apples, please. "
+        "The clerk says: I have three buns, one egg and five apples for you."
+    )
+    assert TASK.prompts(1, seed=0, split="heldout")[0]["messages"][0]["content"] == (
+        "Hello. Please give me three peaches, two eggs and five plums."
+    )
 
 
 def test_heldout_orders_are_in_no_training_record():
@@ -149,7 +156,14 @@ def test_heldout_orders_are_in_no_training_record():
     seen = {tuple(sorted(read_mentions(record["messages"][0]["content"]))) for record in training}
     assert len(seen) > 4000 and not seen & heldout
     told = [sentence for record in TASK.texts(2000, 4) for sentence in record["text"].split(".")]
-    assert not {tuple(sorted(read_mentions(sentence))) for sentence in told if " sells " not in sentence} & heldout
+    assert not {tuple(sorted(set(read_mentions(sentence)))) for sentence in told} & heldout
+
+
+def test_orders_have_different_goods_in_different_numbers():
+    for record in TASK.prompts(300, seed=0):
+        goods = read_mentions(record["messages"][0]["content"])
+        assert 1 <= len(goods) <= 3
+        assert len({name for name, _ in goods}) == len({count for _, count in goods}) == len(goods)
 
 
 def test_heldout_fraction():
@@ -216,7 +230,7 @@ def test_sources_give_the_tasks_records():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"largest_order": 0}, {"largest_order": 9}, {"heldout_fraction": 0.0}, {"label_noise": float("nan")}]
+    "fields", [{"largest_order": 0}, {"largest_order": 6}, {"heldout_fraction": 0.0}, {"label_noise": float("nan")}]
 )
 def test_impossible_settings_are_refused(fields):
     with pytest.raises(UserError, match=next(iter(fields))):

@@ -5,6 +5,8 @@ Rewards come as ``[P, S]``, ``S`` samples for each of ``P`` prompts (or ``[P]``)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Float
 
@@ -50,6 +52,16 @@ def win_rate(
     if len(outcome) and np.all(outcome == outcome[0]):
         return estimates.proportion(float(outcome.sum()), len(outcome), confidence=confidence)
     return estimates.mean(outcome, confidence=confidence, seed=seed)
+
+
+def against(rewards: Mapping[str, Float[np.ndarray, "P S"]], baseline: str, *, seed: int = 0) -> dict[str, Estimate]:
+    """Every policy's ``gold/<name>`` and, but for the baseline itself, ``win_rate/<name>`` against the baseline."""
+    if baseline not in rewards:
+        raise ValueError(f"no rewards of the baseline {baseline!r}; there are those of {', '.join(rewards)}")
+    found = {f"gold/{name}": mean_reward(own, seed=seed) for name, own in rewards.items()}
+    others = {name: own for name, own in rewards.items() if name != baseline}
+    wins = {f"win_rate/{name}": win_rate(own, rewards[baseline], seed=seed) for name, own in others.items()}
+    return {**found, **wins}
 
 
 def _paired(rewards: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,42 @@ from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.evaluation import estimates
 from rlhf_jax.evaluation.estimates import Estimate
+from rlhf_jax.types import Rollout
 
 Groups = Int[np.ndarray, " B"] | None
+
+
+def describe(
+    rollout: Rollout,
+    *,
+    ref_logprobs: Float[np.ndarray, "B N"] | None = None,
+    entropies: Float[np.ndarray, "B N"] | None = None,
+) -> dict[str, Estimate]:
+    """All of this module's numbers for one rollout, by name; samples of one prompt stay together.
+
+    KL and entropy are left out where their arrays are not given. KL reads ``rollout.logprobs``, so it is the policy's
+    own distance only for rollouts sampled at temperature 1 without filters.
+    """
+    tokens, mask = response_tokens(rollout), np.asarray(rollout.response_mask)
+    logprobs, groups = np.asarray(rollout.logprobs), np.asarray(rollout.index)
+    found = {
+        "length": length(mask, groups),
+        "finished": finished(np.asarray(rollout.finished), groups),
+        "repetition": repetition(tokens, mask, groups=groups),
+    }
+    if entropies is not None:
+        found["entropy"] = entropy(entropies, mask, groups)
+    if ref_logprobs is not None:
+        found["kl_per_sequence"] = kl_per_sequence(logprobs, ref_logprobs, mask, groups)
+        found["kl_per_token"] = kl_per_token(logprobs, ref_logprobs, mask, groups)
+    return found
+
+
+def response_tokens(rollout: Rollout) -> Int[np.ndarray, "B N"]:
+    """The response's tokens, aligned to it; what lies outside ``response_mask`` means nothing."""
+    tokens, width = np.asarray(rollout.tokens), rollout.response_mask.shape[1]
+    slots = np.asarray(rollout.prompt_lengths)[:, None] + np.arange(width)
+    return np.take_along_axis(tokens, np.minimum(slots, tokens.shape[1] - 1), axis=1)
 
 
 def length(mask: Bool[np.ndarray, "B N"], groups: Groups = None) -> Estimate:

@@ -44,14 +44,14 @@ LOWEST = -1.0
 _RANK_STEP = 0.05
 """A labeller tells replies apart whose (noisy) scores differ by about this much; closer ones are ties."""
 
-_NAMES = ("Anna", "Tom", "Mary", "Ben", "Clara", "Peter")
+_NAMES = ("Anna", "Tom", "Mary", "Ben")
 _SCENES = (
-    "{name} writes a list: {goods}. At the market {name} asks for {goods}.",
-    "{name} buys {goods}. At home {name} puts {goods} on the table.",
-    "{name} says: {request} The clerk packs {goods}.",
-    "{name} says: {request} The clerk says: That is {goods}.",
-    "{name} has {goods}. {other} has {others}. So {name} sells {goods} and {other} sells {others}.",
-    "The clerk says: I have {goods} for you. {name} says: {thanks} {name} takes {goods} home.",
+    "{name} writes a list: {goods}. At the market {name} asks for {goods}. The clerk packs {goods}.",
+    "{name} buys {goods}. {name} takes {goods} home and puts {goods} on the table.",
+    "{name} says: {request} The clerk packs {goods}. The clerk says: That is {goods}.",
+    "{name} says: {request} The clerk says: Here you have {goods}. {name} says: {thanks}",
+    "The clerk says: {greeting} {name} says: {request} The clerk says: I have {goods} for you.",
+    "The clerk says: I have {goods} for you. {name} takes {goods} home. {talk}",
     "{name} needs {goods}. {other} says: {greeting} Here you have {goods}. {name} says: {thanks}",
 )
 
@@ -70,9 +70,9 @@ class Market:
     label_noise: float = 0.0
 
     def __post_init__(self):
-        if not 1 <= self.largest_order <= len(GOODS) // 2:
+        if not 1 <= self.largest_order <= len(COUNTS):
             raise UserError(
-                f"an order of {self.largest_order} goods", at="largest_order", expected=f"1 to {len(GOODS) // 2}"
+                f"an order of {self.largest_order} goods", at="largest_order", expected=f"1 to {len(COUNTS)}"
             )
         if not 0.0 < self.heldout_fraction < 1.0:
             raise UserError(
@@ -85,7 +85,7 @@ class Market:
         """Scenes at the market: the words of the task, and goods that are named again, but no serving of customers."""
         rng = Random(f"market texts {seed}")
         orders = self._orders(rng, "train")
-        return [{"text": " ".join(_scene(rng, orders) for _ in range(2))} for _ in range(n)]
+        return [{"text": _scene(next(orders), rng)} for _ in range(n)]
 
     def demonstrations(self, n: int, seed: int) -> list[dict]:
         """A customer's request and the reply of some clerk, good or bad."""
@@ -161,11 +161,11 @@ class Market:
         return np.array([self.gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
 
     def _orders(self, rng: Random, split: Split) -> Iterator[tuple[Mention, ...]]:
-        """Orders of the split without end; larger orders are more common, since there are more of them."""
+        """Orders of the split without end: more large ones than small, no two goods in the same number."""
         sizes = range(1, self.largest_order + 1)
         while True:
             names = rng.sample(list(GOODS), k=rng.choices(sizes, weights=sizes)[0])
-            order = tuple((name, rng.randint(1, len(COUNTS))) for name in names)
+            order = tuple(zip(names, rng.sample(range(1, len(COUNTS) + 1), k=len(names)), strict=True))
             if self._is_heldout(order) == (split == "heldout"):
                 yield order
 
@@ -210,16 +210,14 @@ def _request(order: tuple[Mention, ...], rng: Random) -> str:
     return rng.choice(REQUESTS).format(goods=list_goods(order))
 
 
-def _scene(rng: Random, orders: Iterator[tuple[Mention, ...]]) -> str:
-    order = next(orders)
+def _scene(order: tuple[Mention, ...], rng: Random) -> str:
     name, other = rng.sample(_NAMES, k=2)
-    scene = rng.choice(_SCENES).format(
+    return rng.choice(_SCENES).format(
         name=name,
         other=other,
         goods=list_goods(order),
-        others=list_goods(next(orders)),
         request=_request(order, rng),
         greeting=rng.choice(GREETINGS),
         thanks=rng.choice(THANKS),
+        talk=rng.choice(SMALL_TALK),
     )
-    return f"{scene} {rng.choice(SMALL_TALK)}" if rng.random() < 0.2 else scene
