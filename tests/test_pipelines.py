@@ -98,6 +98,7 @@ def test_prompt_table():
     records = [{"messages": [user("123")]}, {"messages": [user("4")]}]
     table = prompt_table(records, DIGITS, PLAIN, 4)
     assert table.rows.tokens.tolist() == [[1, 2, 3, PAD], [4, PAD, PAD, PAD]]
+    assert prompt_table(records, DIGITS, PLAIN, 3).rows.tokens.tolist() == [[1, 2, 3], [4, PAD, PAD]]
     assert (table.rows.lengths.tolist(), table.rows.index.tolist()) == ([3, 1], [0, 1])
     with pytest.raises(UserError, match="prompt 0 has 3 tokens; expected at most 2.*too_long='drop'"):
         prompt_table(records, DIGITS, PLAIN, 2)

@@ -213,7 +213,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox without the operators and methods that make long strings out of short ones."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
-    forbidden = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"])
+    forbidden = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -224,6 +224,11 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if not all(isinstance(side, int | float) for side in (left, right)) or operator == "**":
             raise SecurityError(f"'{operator}' is for numbers alone, and '**' is not available")
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value):
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("str.format is not available")
+        return None
 
     def is_safe_attribute(self, obj, attr, value):
         return attr not in self.forbidden and super().is_safe_attribute(obj, attr, value)
