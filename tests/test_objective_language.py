@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ PARAMS = init_params(MODEL, jax.random.key(0))
 OBJECTIVE = LanguageModel(MODEL, name="sft", entropy=True, chunk=8)
 
 
-@pytest.fixture(scope="module")
-def loss():
-    return jax.jit(OBJECTIVE.loss)
+GRADIENT = jax.jit(jax.value_and_grad(OBJECTIVE.loss, has_aux=True))
+
+
+def loss(weighted):
+    return GRADIENT(PARAMS, weighted, None)[0]
 
 
 def batch_of(documents, masks, width) -> TokenBatch:
@@ -37,12 +40,13 @@ MASKS = [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 0]]
 BATCH = batch_of(DOCUMENTS, MASKS, 10)
 
 
+@functools.cache
 def loop():
     """Negative log-probability and entropy of each target, one document after the other, from whole logits."""
     found = []
     for document, mask in zip(DOCUMENTS, MASKS, strict=True):
         tokens = jnp.asarray([document])
-        logits, _, _ = MODEL.apply(
+        logits, _, _ = jax.jit(MODEL.apply)(
             {"params": PARAMS}, tokens, Context.of_lengths(jnp.asarray([len(document)]), len(document))
         )
         logprobs = np.asarray(jax.nn.log_softmax(logits[0]))
@@ -53,19 +57,19 @@ def loop():
     return found
 
 
-def test_token_mean_equals_the_loop(loss):
+def test_token_mean_equals_the_loop():
     flat = np.asarray([pair for document in loop() for pair in document])
-    value, metrics = loss(PARAMS, OBJECTIVE.with_weights(BATCH), None)
+    value, metrics = loss(OBJECTIVE.with_weights(BATCH))
     np.testing.assert_allclose([value, metrics["sft/entropy"]], flat.mean(axis=0), rtol=1e-5)
     assert metrics["sft/tokens"] == len(flat) == 5 + 3 + 1
     assert metrics["sft/loss"] == value
 
 
-def test_sequence_mean_equals_the_loop_also_when_packed(loss):
+def test_sequence_mean_equals_the_loop_also_when_packed():
     objective = dataclasses.replace(OBJECTIVE, mean="sequence")
     expected = np.mean([np.mean(document, axis=0)[0] for document in loop()])
-    np.testing.assert_allclose(loss(PARAMS, objective.with_weights(BATCH), None)[0], expected, rtol=1e-5)
-    np.testing.assert_allclose(loss(PARAMS, objective.with_weights(packed()), None)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(objective.with_weights(BATCH))[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(objective.with_weights(packed()))[0], expected, rtol=1e-5)
 
 
 def packed() -> TokenBatch:
@@ -77,18 +81,14 @@ def packed() -> TokenBatch:
     return TokenBatch(*map(jnp.asarray, (rows, positions, segments)), jnp.asarray(masks, jnp.float32))
 
 
-def test_packing_and_padding_change_neither_loss_nor_gradient(loss):
-    gradient = jax.jit(jax.grad(OBJECTIVE.loss, has_aux=True))
-    expected = gradient(PARAMS, OBJECTIVE.with_weights(BATCH), None)[0]
+def test_packing_and_padding_change_neither_loss_nor_gradient():
+    expected = GRADIENT(PARAMS, OBJECTIVE.with_weights(BATCH), None)
     wide = batch_of(DOCUMENTS, MASKS, 14)
     wide = wide.replace(tokens=jnp.where(wide.segments == 0, 16, wide.tokens))
     for other in (packed(), wide):
-        weighted = OBJECTIVE.with_weights(other)
-        np.testing.assert_allclose(
-            loss(PARAMS, weighted, None)[0], loss(PARAMS, OBJECTIVE.with_weights(BATCH), None)[0], rtol=1e-5
-        )
-        for mine, theirs in zip(*map(jax.tree.leaves, (gradient(PARAMS, weighted, None)[0], expected)), strict=True):
-            np.testing.assert_allclose(mine, theirs, atol=1e-6)
+        got = GRADIENT(PARAMS, OBJECTIVE.with_weights(other), None)
+        for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_first_token_of_a_document_is_no_target():
@@ -97,28 +97,29 @@ def test_first_token_of_a_document_is_no_target():
     assert weights[0, 7] == 0 and jnp.sum(weights) == pytest.approx(1.0)
 
 
-def test_microbatches_add_up(loss):
+def test_microbatches_add_up():
     weighted = OBJECTIVE.with_weights(BATCH)
-    whole = loss(PARAMS, weighted, None)
-    parts = [loss(PARAMS, jax.tree.map(lambda x, b=b: x[b : b + 1], weighted), None) for b in range(3)]
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(jax.tree.map(lambda *xs: sum(xs), *parts)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    whole = GRADIENT(PARAMS, weighted, None)
+    parts = [GRADIENT(PARAMS, jax.tree.map(lambda x, b=b: x[b : b + 1], weighted), None) for b in range(3)]
+    summed = jax.tree.map(lambda *xs: sum(xs), *parts)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(summed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_batch_without_targets_is_zero_and_finite():
     nothing = OBJECTIVE.with_weights(BATCH.replace(loss_mask=jnp.zeros_like(BATCH.loss_mask)))
-    (value, _), gradient = jax.value_and_grad(OBJECTIVE.loss, has_aux=True)(PARAMS, nothing, None)
+    (value, _), gradient = GRADIENT(PARAMS, nothing, None)
     assert value == 0
     assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(gradient))
 
 
 def test_dropout_needs_a_key_and_follows_it():
     objective = LanguageModel(MODEL.clone(dropout=0.3))
-    loss, weighted = jax.jit(objective.loss), objective.with_weights(BATCH)
-    still = objective.loss(PARAMS, weighted, None)[0]
-    one, same, two = (loss(PARAMS, weighted, jax.random.key(k))[0] for k in (1, 1, 2))
+    dropping, weighted = jax.jit(objective.loss), objective.with_weights(BATCH)
+    one, same, two = (dropping(PARAMS, weighted, jax.random.key(k))[0] for k in (1, 1, 2))
+    still = dropping(PARAMS, weighted, None)[0]
     assert one == same and one != two and one != still
-    np.testing.assert_allclose(still, OBJECTIVE.loss(PARAMS, weighted, jax.random.key(1))[0], rtol=1e-5)
+    np.testing.assert_allclose(still, loss(weighted)[0], rtol=1e-5)
 
 
 def test_unknown_mean_is_named():

@@ -96,9 +96,8 @@ def pairwise_loss(
 
 def ranking_pairs(ranks: Int[Array, "B K"]) -> Bool[Array, "B K K"]:
     """``pairs[b, i, j]``: response i of prompt b was ranked better than j. Ties and absent responses (-1) make none."""
-    present = ranks >= 0
-    better = ranks[:, :, None] < ranks[:, None, :]
-    return better & present[:, :, None] & present[:, None, :]
+    # What is ranked behind a present response (rank >= 0) is present itself.
+    return (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
 
 
 def ranking_loss(scores: Float[Array, "B K"], ranks: Int[Array, "B K"]) -> Float[Array, "B"]:
