@@ -1,0 +1,91 @@
+"""The whole path on a built-in task: pretrain, imitate demonstrations, learn a reward model, optimise against it.
+
+Asks: does a policy that PPO trains on a learned reward serve customers better than the one that imitates clerks?
+
+    make quickstart                                  (or: rlhf-jax run experiments/quickstart.py)
+
+Hardware: two CPU cores.
+"""
+
+from rlhf_jax.data.tasks.base import TaskDemonstrations, TaskPrompts, TaskRankings, TaskTexts
+from rlhf_jax.data.tasks.market import Market
+from rlhf_jax.experiment import Experiment
+from rlhf_jax.models import Attention, Block, SwiGLU, Transformer
+from rlhf_jax.objectives.ppo import PPO
+from rlhf_jax.ops.kl import FixedKL
+from rlhf_jax.sampling import Sampling
+from rlhf_jax.stages.evaluation import Evaluation
+from rlhf_jax.stages.language import FineTune, Pretrain
+from rlhf_jax.stages.ppo import Ptx, Reinforce
+from rlhf_jax.stages.reward import TrainReward
+from rlhf_jax.stages.settings import TrainedBPE, Training
+from rlhf_jax.training.optimizer import Optimizer
+
+
+def config() -> Experiment:
+    task = Market()
+    texts, demonstrations = TaskTexts(task, 20_000), TaskDemonstrations(task, 4_000)
+    heldout_texts = TaskTexts(task, 200, seed=10)
+    model = Transformer(
+        vocab_size=512,
+        d_model=128,
+        pattern=(Block(Attention(heads=4), SwiGLU(256)),),
+        repeats=3,
+        max_length=128,
+    )
+    adam = {"b2": 0.95, "weight_decay": 0.01}
+    return Experiment(
+        name="quickstart",
+        tokenizer=TrainedBPE(512, (TaskTexts(task, 2_000), TaskDemonstrations(task, 1_000))),
+        model=model,
+        stages=(
+            Pretrain(
+                train=Training(
+                    steps=500, batch=32, length=96, optimizer=Optimizer(2e-3, schedule="cosine", warmup_steps=30, **adam)
+                ),
+                data=(texts,),
+                heldout=(heldout_texts,),
+            ),
+            FineTune(
+                train=Training(
+                    steps=150, batch=32, length=96, optimizer=Optimizer(1e-3, schedule="cosine", warmup_steps=10, **adam)
+                ),
+                data=(demonstrations,),
+                heldout=(TaskDemonstrations(task, 200, seed=11),),
+            ),
+            TrainReward(
+                train=Training(
+                    epochs=1, batch=16, length=96, optimizer=Optimizer(5e-4, schedule="cosine", warmup_steps=10, **adam)
+                ),
+                data=(TaskRankings(task, 2_500, responses_per_prompt=5),),
+                heldout=(TaskRankings(task, 100, responses_per_prompt=5, seed=12),),
+                centre=(TaskDemonstrations(task, 200),),
+            ),
+            Reinforce(
+                prompts=(TaskPrompts(task, 2_000),),
+                prompt_length=32,
+                sampling=Sampling(max_new_tokens=48),
+                ppo=PPO(kl=FixedKL(0.02), value_coef=0.5),
+                optimizer=Optimizer(3e-4, schedule="linear", warmup_steps=4, final_fraction=0.1, b2=0.95),
+                iterations=60,
+                prompts_per_iteration=64,
+                minibatch=32,
+                epochs=2,
+                ptx=Ptx(data=(texts,), length=96, coef=0.5, texts_per_episode=1),
+                ema_decay=0.95,
+                gold=task,
+            ),
+        ),
+        evaluation=Evaluation(
+            texts=(heldout_texts,),
+            text_length=96,
+            rankings=(TaskRankings(task, 200, responses_per_prompt=5, seed=12),),
+            ranking_length=96,
+            prompts=(TaskPrompts(task, 256, split="heldout"),),
+            prompt_length=32,
+            sampling=Sampling(max_new_tokens=48),
+            gold=task,
+            most_prompts=256,
+            batch=64,
+        ),
+    )

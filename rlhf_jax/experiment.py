@@ -1,0 +1,169 @@
+"""An experiment as a value, and what can be done with it: run it, show it, sample from it, evaluate it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax import config
+from rlhf_jax.data.chat import ChatFormat
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Transformer
+from rlhf_jax.runs.files import write_json
+from rlhf_jax.runs.rundir import RunDirectory, open_run, read_config
+from rlhf_jax.stages.evaluation import Evaluation
+from rlhf_jax.stages.language import FineTune, Pretrain
+from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.reward import TrainReward
+from rlhf_jax.stages.settings import Chat, TokenizerSpec
+from rlhf_jax.stages.workspace import Monitor, Stage, Workspace
+from rlhf_jax.training.metrics import Sink, TensorBoard, WeightsAndBiases
+
+log = logging.getLogger(__name__)
+
+AnyStage = Pretrain | FineTune | TrainReward | Reinforce
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run depends on.
+
+    Args:
+        name: of the run directory.
+        tokenizer: bytes, characters, a saved one, or one to be trained on this experiment's records.
+        model: the language model of every stage.
+        stages: in order; each may start from an earlier one or from a saved output.
+        evaluation: at the end of the run; None for none.
+        chat: how conversations are written as text.
+        seed: of everything that is random.
+        sinks: also send metrics to ``tensorboard`` or ``wandb``.
+    """
+
+    name: str
+    tokenizer: TokenizerSpec
+    model: Transformer
+    stages: tuple[AnyStage, ...]
+    evaluation: Evaluation | None = None
+    chat: Chat = field(default_factory=ChatFormat)
+    seed: int = 0
+    sinks: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names) or not names:
+            raise UserError(f"stages are named {names}", at="Experiment.stages", expected="at least one, all different",
+                            fix="give each its own name")  # fmt: skip
+        for sink in self.sinks:
+            if sink not in ("tensorboard", "wandb"):
+                raise UserError(f"{sink!r}", at="Experiment.sinks", expected="'tensorboard' or 'wandb'",
+                                fix="correct it")  # fmt: skip
+
+    def workspace(self, folder: Path, monitor: Monitor | None = None) -> Workspace:
+        """The experiment as its stages see it."""
+        return Workspace(
+            folder=folder, seed=self.seed, model=self.model, tokenizer_spec=self.tokenizer, chat=self.chat,
+            stage_names=tuple(stage.name for stage in self.stages), monitor=monitor,
+            make_sinks=_sinks(self, folder),
+        )  # fmt: skip
+
+
+def run(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    only: Sequence[str] = (),
+    source: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    monitor: Monitor | None = None,
+    announce: Callable[[str], None] = log.info,
+) -> dict[str, Any]:
+    """Run all stages that are not finished, or only the named ones, and evaluate; returns the summary.
+
+    Args:
+        experiment: what to run.
+        run_dir: where; a new directory, or one to ``resume``.
+        resume: go on in a directory with a run of this configuration in it.
+        only: names of stages; the others must be finished if these need them.
+        source: the experiment's file, to be copied.
+        overrides: what was changed beside it, to be recorded.
+        monitor: is told of each row of metrics.
+        announce: is told which stage begins, in words.
+    """
+    chosen = _chosen(experiment, only)
+    workspace = experiment.workspace(run_dir, monitor)
+    for stage in chosen:
+        if not workspace.is_finished(stage.name):
+            stage.check(workspace)
+    if experiment.evaluation is not None:
+        experiment.evaluation.check(workspace)
+    with open_run(
+        run_dir, config.describe(experiment), source=source, overrides=overrides, resume=resume
+    ) as directory, workspace.stop:
+        workspace.tokenizer.save(run_dir)
+        for number, stage in enumerate(chosen, start=1):
+            if workspace.is_finished(stage.name):
+                announce(f"[{number}/{len(chosen)}] {stage.name}: finished before")
+                continue
+            announce(f"[{number}/{len(chosen)}] {stage.name}")
+            stage.run(workspace)
+        return _conclude(experiment, workspace, directory, announce)
+
+
+def evaluate(run_dir: Path, announce: Callable[[str], None] = log.info) -> dict[str, Any]:
+    """Evaluate the finished stages of a run again."""
+    experiment = read_experiment(run_dir)
+    workspace = experiment.workspace(run_dir)
+    if experiment.evaluation is None:
+        raise UserError("the experiment has no evaluation", at=str(run_dir), expected="an Evaluation in its config()",
+                        fix="add one and run it in another directory")  # fmt: skip
+    with open_run(run_dir, config.describe(experiment), resume=True) as directory, workspace.stop:
+        return _conclude(experiment, workspace, directory, announce)
+
+
+def read_experiment(run_dir: Path) -> Experiment:
+    """The experiment that a run directory was made for, from its ``config.json``."""
+    experiment = config.revive(read_config(run_dir))
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"holds a {type(experiment).__name__}", at=str(run_dir), expected="an Experiment",
+                        fix="name a run directory")  # fmt: skip
+    return experiment
+
+
+def _conclude(
+    experiment: Experiment, workspace: Workspace, directory: RunDirectory, announce: Callable[[str], None]
+) -> dict[str, Any]:
+    """Evaluate what there is; the run is done when every stage is."""
+    summary: dict[str, Any] = {"seed": experiment.seed}
+    if experiment.evaluation is not None:
+        announce("evaluation")
+        summary |= experiment.evaluation.run(workspace)
+    if all(workspace.is_finished(stage.name) for stage in experiment.stages):
+        directory.finish(summary)
+    else:
+        write_json(directory.path / "partial_summary.json", summary)
+    return summary
+
+
+def _chosen(experiment: Experiment, only: Sequence[str]) -> list[Stage]:
+    names = [stage.name for stage in experiment.stages]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise UserError(f"no stage {unknown[0]!r}", at="--only", expected=f"some of {', '.join(names)}",
+                        fix="correct the name")  # fmt: skip
+    return [stage for stage in experiment.stages if not only or stage.name in only]
+
+
+def _sinks(experiment: Experiment, folder: Path) -> Callable[[str], tuple[Sink, ...]]:
+    def make(stage: str) -> tuple[Sink, ...]:
+        made: list[Sink] = []
+        if "tensorboard" in experiment.sinks:
+            made.append(TensorBoard(folder / stage / "tensorboard"))
+        if "wandb" in experiment.sinks:
+            made.append(WeightsAndBiases("rlhf_jax", f"{folder.name}-{stage}", config.describe(experiment)))
+        return tuple(made)
+
+    return make

@@ -1,0 +1,1 @@
+"""The programs of a run: pretraining, supervised fine-tuning, reward model, PPO, and the evaluation behind them."""

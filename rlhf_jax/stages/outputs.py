@@ -1,0 +1,97 @@
+"""What a stage leaves behind and another starts from: a model, its parameters and its tokenizer, in one folder.
+
+    model.json       the model as a description that reads back (``config.revive``), and what kind it is
+    tokenizer*.json  the tokenizer
+    params/          the parameters, with a checksum of every file
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax import config
+from rlhf_jax.data import tokenizers
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import MISSING_INPUT, UserError
+from rlhf_jax.models import ScalarModel, Transformer, abstract_params
+from rlhf_jax.training.checkpoint import load_params, save_params
+from rlhf_jax.types import PyTree
+
+MODEL_FILE = "model.json"
+Model = Transformer | ScalarModel
+
+
+@dataclass(frozen=True)
+class Output:
+    """A trained model. ``notes`` is JSON-able: the stage, its steps, what the reward was normalised on."""
+
+    model: Model
+    params: PyTree
+    tokenizer: Tokenizer
+    notes: dict[str, Any]
+
+    @property
+    def trunk(self) -> Transformer:
+        return self.model.trunk if isinstance(self.model, ScalarModel) else self.model
+
+    @property
+    def trunk_params(self) -> PyTree:
+        return self.params["trunk"] if isinstance(self.model, ScalarModel) else self.params
+
+
+def save_output(folder: Path, output: Output) -> None:
+    """Write the folder; ``model.json`` comes last, so a folder with it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_params(folder / "params", output.params)
+    output.tokenizer.save(folder)
+    described = {"model": config.describe(output.model), "notes": output.notes}
+    draft = folder / f".{MODEL_FILE}.tmp"
+    draft.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    draft.replace(folder / MODEL_FILE)
+
+
+def is_output(folder: Path) -> bool:
+    return (folder / MODEL_FILE).is_file()
+
+
+def load_output(folder: Path) -> Output:
+    """Read what ``save_output`` wrote; a damaged file is an error that names it."""
+    if not is_output(folder):
+        raise UserError("no model was saved here", at=str(folder), expected=f"a folder with {MODEL_FILE}",
+                        fix="run the stage that makes it to its end, or name another folder", exit_code=MISSING_INPUT)  # fmt: skip
+    try:
+        described = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+        model, notes = config.revive(described["model"]), described["notes"]
+    except (json.JSONDecodeError, KeyError, TypeError) as fault:
+        raise UserError(f"damaged ({type(fault).__name__}: {fault})", at=str(folder / MODEL_FILE),
+                        expected="a description of a model", fix="run the stage again") from fault  # fmt: skip
+    params = load_params(folder / "params", abstract_params(model))
+    return Output(model, params, tokenizers.load(folder), notes)
+
+
+def check_same_tokenizer(output: Output, tokenizer: Tokenizer, at: str) -> None:
+    """A model only understands the tokens that it was trained on."""
+    if tokenizers.fingerprint(output.tokenizer) != tokenizers.fingerprint(tokenizer):
+        raise UserError(
+            f"it was trained with another tokenizer ({output.tokenizer.vocab_size} ids, the experiment's has "
+            f"{tokenizer.vocab_size})",
+            at=at, expected="the same tokenizer in every stage", fix="name the tokenizer that was saved with it",
+        )  # fmt: skip
+
+
+def check_same_architecture(found: Transformer, wanted: Transformer, at: str) -> None:
+    """Parameters of one architecture do not fit another; the differences are named by their path."""
+    ours, theirs = (jax.tree_util.tree_flatten_with_path(abstract_params(model))[0] for model in (wanted, found))
+    shapes = [{jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves} for leaves in (ours, theirs)]
+    if shapes[0] == shapes[1]:
+        return
+    names = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    listed = "; ".join(f"{name}: saved {shapes[1].get(name)}, wanted {shapes[0].get(name)}" for name in names[:6])
+    more = f"; and {len(names) - 6} more" if len(names) > 6 else ""
+    raise UserError(f"a model of another architecture ({listed}{more})", at=at,
+                    expected="the experiment's model", fix="change `model`, or start from another checkpoint")  # fmt: skip

@@ -1,0 +1,270 @@
+"""The stage that optimises a policy with PPO against a learned reward or one in plain Python, with PPO-ptx."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.pipelines import shuffled_batches
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import ScalarModel, init_params
+from rlhf_jax.objectives.language import LanguageModel
+from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic, SharedCritic
+from rlhf_jax.objectives.ppo import PPO
+from rlhf_jax.objectives.ptx import PtxMix
+from rlhf_jax.sampling import Sampling, sample
+from rlhf_jax.stages.language import check_length, text_rows
+from rlhf_jax.stages.outputs import Output
+from rlhf_jax.stages.responses import Gold, Prompts, gold_rewards, read_prompts, response_texts, score_rollout
+from rlhf_jax.stages.samples import SampleLog
+from rlhf_jax.stages.settings import Source
+from rlhf_jax.stages.workspace import Workspace
+from rlhf_jax.training.checkpoint import Checkpoints
+from rlhf_jax.training.metrics import MetricsWriter
+from rlhf_jax.training.optimizer import Optimizer
+from rlhf_jax.training.reinforcement import Plan, Program, reinforce, take_rows
+from rlhf_jax.training.step import init_state, make_train_step
+from rlhf_jax.types import PyTree, Rollout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ptx:
+    """Pretraining gradients mixed into PPO (Ouyang et al. 2022, equation 2).
+
+    Args:
+        data: texts.
+        length: tokens of a row.
+        coef: weight of their loss (InstructGPT: 27.8).
+        texts_per_episode: rows of text for each episode (InstructGPT: 8).
+    """
+
+    data: tuple[Source, ...]
+    length: int
+    coef: float = 27.8
+    texts_per_episode: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce:
+    """PPO from a fine-tuned policy.
+
+    One iteration samples ``prompts_per_iteration * sampling.samples_per_prompt`` responses (the rollout) and makes
+    ``epochs * rollout / minibatch`` updates.
+
+    Args:
+        policy: the stage or path of the language model to start from; it is also the reference.
+        reward: the stage or path of a reward model, or a reward in plain Python.
+        critic: ``reward`` starts it from the reward model, ``policy`` from the policy's trunk with a head of zeros,
+            ``shared`` is a head of zeros on the policy's own trunk.
+        prompts: what is answered.
+        prompt_length: longest prompt in tokens.
+        sampling: how responses are drawn.
+        ppo: the algorithm's choices.
+        optimizer: its ``groups`` may give policy and critic learning rates of their own.
+        ptx: pretraining gradients; None for plain PPO.
+        ema_decay: of an average of the weights (InstructGPT: 0.992), which then is what the stage leaves.
+        gold: a reward to watch and not to train on.
+        too_long: whether a prompt over ``prompt_length`` is an error or left out.
+        rows_at_a_time: rollout rows in a forward pass without gradient; None takes all.
+    """
+
+    policy: str = "sft"
+    reward: str | Gold = "reward"
+    critic: Literal["reward", "policy", "shared"] = "reward"
+    prompts: tuple[Source, ...]
+    prompt_length: int
+    sampling: Sampling
+    ppo: PPO
+    optimizer: Optimizer
+    iterations: int
+    prompts_per_iteration: int
+    minibatch: int
+    microbatches: int = 1
+    epochs: int = 1
+    ptx: Ptx | None = None
+    ema_decay: float | None = None
+    gold: Gold | None = None
+    too_long: Literal["error", "drop"] = "error"
+    rows_at_a_time: int | None = None
+    save_every: int = 20
+    samples_every: int = 10
+    name: str = "ppo"
+
+    def __post_init__(self):
+        if self.critic not in ("reward", "policy", "shared"):
+            raise UserError(f"critic={self.critic!r}", at=self.name, expected="'reward', 'policy' or 'shared'")
+        if self.critic == "reward" and not isinstance(self.reward, str):
+            raise UserError("critic='reward' without a reward model", at=self.name,
+                            expected="'policy' or 'shared' where the reward is plain Python", fix="change critic")  # fmt: skip
+        for name in ("iterations", "prompts_per_iteration", "minibatch", "microbatches", "epochs", "save_every",
+                     "samples_every", "prompt_length"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}", at=self.name, expected="at least 1", fix="raise it")
+        for part, whole in (("minibatch", self.rollout), ("microbatches", self.minibatch)):
+            if whole % getattr(self, part):
+                raise UserError(
+                    f"{part}={getattr(self, part)} does not divide {whole}", at=self.name,
+                    expected="a divisor of the rollout (prompts_per_iteration * samples_per_prompt), and microbatches "
+                    "a divisor of the minibatch", fix="change one of them",
+                )  # fmt: skip
+
+    @property
+    def rollout(self) -> int:
+        """Responses of an iteration."""
+        return self.prompts_per_iteration * self.sampling.samples_per_prompt
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.iterations * self.epochs * (self.rollout // self.minibatch)
+
+    @property
+    def episodes(self) -> int:
+        """Responses of the whole stage."""
+        return self.iterations * self.rollout
+
+    def check(self, workspace: Workspace) -> None:
+        check_length(workspace, self.prompt_length + self.sampling.max_new_tokens, self.name)
+        workspace.check_reference(self.policy, f"stages.{self.name}.policy", self.name)
+        if isinstance(self.reward, str):
+            workspace.check_reference(self.reward, f"stages.{self.name}.reward", self.name)
+        self._prompts(workspace)
+        if self.ptx is not None:
+            check_length(workspace, self.ptx.length, self.name)
+
+    def run(self, workspace: Workspace) -> None:
+        folder, at = workspace.stage_folder(self.name), f"stages.{self.name}"
+        reference = workspace.output(self.policy, f"{at}.policy")
+        scorer = workspace.output(self.reward, f"{at}.reward") if isinstance(self.reward, str) else None
+        objective, params = self._objective(workspace, reference, scorer)
+        optimizer = self.optimizer.build(self.updates)
+        prompts = self._prompts(workspace)
+        samples = SampleLog(folder / "samples.jsonl", self.samples_every)
+        streams = {}
+        if self.ptx is not None:
+            texts = text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
+            rows = self.minibatch * self.ptx.texts_per_episode
+            streams["text"] = shuffled_batches([texts], rows, workspace.data_seed(self.name, "text"))
+        program = Program(
+            sample=self._sampler(workspace, objective.models),
+            score=self._scorer(workspace, scorer, prompts, samples),
+            prepare=_preparation(objective, reference.params, self.ppo),
+            batch=self._batches(objective),
+            update=self._update(workspace, objective, optimizer),
+            control=lambda coef, metrics: self.ppo.kl.update(coef, metrics["kl/sequence"], self.rollout),
+        )
+        with MetricsWriter(folder / "metrics.jsonl", workspace.sinks(self.name)) as metrics:
+            state = reinforce(
+                program,
+                Plan(iterations=self.iterations, minibatch=self.minibatch, epochs=self.epochs, streams=streams),
+                init_state(params, optimizer, ema=self.ema_decay is not None),
+                self.ppo.kl.init(),
+                shuffled_batches(
+                    [prompts.table.rows], self.prompts_per_iteration, workspace.data_seed(self.name, "prompts")
+                ),
+                key=workspace.key(self.name, "train"),
+                checkpoints=Checkpoints(folder / "checkpoints", every=self.save_every),
+                metrics=metrics,
+                stop=workspace.stop,
+                on_row=workspace.watch(self.name, self.iterations),
+            )
+        trained = state.params if state.ema is None else state.ema
+        notes = {"stage": self.name, "iterations": self.iterations, "episodes": self.episodes}
+        policy = objective.models.policy_params(trained)
+        workspace.save(self.name, Output(workspace.model, policy, workspace.tokenizer, notes))
+
+    def _prompts(self, workspace: Workspace) -> Prompts:
+        return read_prompts(workspace, self.prompts, self.prompt_length, self.too_long)
+
+    def _objective(
+        self, workspace: Workspace, reference: Output, scorer: Output | None
+    ) -> tuple[PolicyOptimization, PyTree]:
+        """The objective, and the parameters that it starts from."""
+        policy = workspace.model.clone(parent=None)
+        if self.critic == "reward":
+            assert scorer is not None and isinstance(scorer.model, ScalarModel)
+            models, critic_params = SeparateCritic(policy, scorer.model), scorer.params
+        else:
+            critic = ScalarModel(policy, head_init="zero")
+            fresh = init_params(critic, workspace.key(self.name, "critic"))
+            critic_params = {**fresh, "trunk": reference.params}
+            models = SharedCritic(critic) if self.critic == "shared" else SeparateCritic(policy, critic)
+        objective = PolicyOptimization(self.ppo, models, self.sampling, rows=self.rows_at_a_time)
+        return objective, models.join(reference.params, critic_params)
+
+    def _sampler(self, workspace: Workspace, models: SeparateCritic | SharedCritic) -> Callable[..., Rollout]:
+        ids = {"eos_id": workspace.tokenizer.eos_id, "pad_id": workspace.tokenizer.pad_id}
+
+        def draw(params: PyTree, prompts, key, step) -> Rollout:
+            return sample(models.policy, models.policy_params(params), prompts, self.sampling, key, step, **ids)
+
+        return draw
+
+    def _scorer(
+        self, workspace: Workspace, scorer: Output | None, prompts: Prompts, samples: SampleLog
+    ) -> Callable[[Rollout], tuple[np.ndarray, Mapping[str, float]]]:
+        """Scores of a rollout, and the gold reward where there is one to watch."""
+
+        def score(rollout: Rollout) -> tuple[np.ndarray, Mapping[str, float]]:
+            iteration = 1 + int(rollout.policy_step) * self.iterations // self.updates
+            logged = samples.due(iteration)
+            texts, messages = [], []
+            if scorer is None or self.gold is not None or logged:
+                texts, messages = response_texts(rollout, workspace.tokenizer), prompts.messages(rollout)
+            if scorer is None:
+                assert isinstance(self.reward, Gold)
+                given = gold_rewards(self.reward, messages, texts).astype(np.float32)
+            else:
+                given = np.asarray(score_rollout(scorer.model, scorer.params, rollout))
+            if logged:
+                samples.write(iteration, messages, texts, given.tolist())
+            if self.gold is None:
+                return given, {}
+            return given, {f"{self.name}/gold": float(gold_rewards(self.gold, messages, texts).mean())}
+
+        return score
+
+    def _batches(self, objective: PolicyOptimization) -> Callable[..., Any]:
+        def batch(experience, rows: np.ndarray, streams: Mapping[str, Any]) -> Any:
+            chosen = take_rows(experience, rows)
+            if self.ptx is None:
+                return chosen
+            return self._mix(objective).join(chosen, jax.tree.map(jnp.asarray, next(streams["text"])))
+
+        return batch
+
+    def _update(self, workspace: Workspace, objective: PolicyOptimization, optimizer):
+        whole = objective if self.ptx is None else self._mix(objective)
+        return make_train_step(
+            whole.loss, optimizer, with_weights=whole.with_weights, microbatches=self.microbatches,
+            ema_decay=self.ema_decay,
+        )  # fmt: skip
+
+    def _mix(self, objective: PolicyOptimization) -> PtxMix:
+        assert self.ptx is not None
+        language = LanguageModel(objective.models.policy, name="ptx")
+        return PtxMix(objective, language, self.ptx.coef, self.ptx.texts_per_episode)
+
+
+def _preparation(objective: PolicyOptimization, ref_params: PyTree, ppo: PPO) -> Callable[..., Any]:
+    """One compiled program from rollout to experience and its metrics."""
+
+    @jax.jit
+    def compiled(params: PyTree, ref_params: PyTree, rollout: Rollout, score, coef):
+        experience = objective.prepare(params, ref_params, rollout, score, coef)
+        return experience, ppo.rollout_metrics(experience)
+
+    return functools.partial(_with_reference, compiled, ref_params)
+
+
+def _with_reference(compiled, ref_params: PyTree, params: PyTree, rollout: Rollout, score, coef):
+    return compiled(params, ref_params, rollout, jnp.asarray(score), coef)

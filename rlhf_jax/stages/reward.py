@@ -1,0 +1,139 @@
+"""The stage that trains a reward model on rankings, and puts its zero where demonstrations score on average."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.packing import one_per_row
+from rlhf_jax.data.pipelines import one_pass, shuffled_batches
+from rlhf_jax.data.tables import ranking_table
+from rlhf_jax.evaluation.preferences import pair_accuracy_by_prompt, score_rankings
+from rlhf_jax.models import ScalarModel, init_params
+from rlhf_jax.objectives.reward import RewardModel, normalise_scores
+from rlhf_jax.scoring import sequence_scores
+from rlhf_jax.stages.language import check_length, check_weights
+from rlhf_jax.stages.settings import Source, Training, gather_records
+from rlhf_jax.stages.supervised import train_supervised
+from rlhf_jax.stages.workspace import Workspace
+from rlhf_jax.types import PyTree, RankingBatch
+
+log = logging.getLogger(__name__)
+
+SCORED_AT_A_TIME = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReward:
+    """A reward model from rankings of K responses: all pairs of a prompt in one batch element.
+
+    Args:
+        train: steps or epochs, batch (of prompts), length (of prompt and response), optimizer.
+        data: rankings (pairs are rankings with K = 2).
+        weights: shares of the sources.
+        heldout: rankings to evaluate on.
+        init: the language model that the trunk starts from.
+        centre: demonstrations whose mean score becomes 0, as in InstructGPT; empty leaves the scores alone.
+        centre_std: wanted deviation of their scores (Ziegler et al.: 1); None leaves the scale alone.
+        normalise: how pairs are weighed, see ``objectives.reward``.
+        centre_coef: see ``objectives.reward``.
+        too_long: what becomes of a ranking longer than a row.
+    """
+
+    train: Training
+    data: tuple[Source, ...]
+    weights: tuple[float, ...] | None = None
+    heldout: tuple[Source, ...] = ()
+    init: str = "sft"
+    centre: tuple[Source, ...] = ()
+    centre_std: float | None = None
+    normalise: Literal["prompt", "pair"] = "prompt"
+    centre_coef: float = 0.0
+    too_long: Literal["error", "left", "right", "drop"] = "error"
+    name: str = "reward"
+
+    def check(self, workspace: Workspace) -> None:
+        check_length(workspace, self.train.length, self.name)
+        check_weights(self.weights, self.data, self.name)
+        workspace.check_reference(self.init, f"stages.{self.name}.init", self.name)
+        for source in (*self.data, *self.heldout):
+            self._table(workspace, (source,))
+        for source in self.centre:
+            source.records()
+
+    def run(self, workspace: Workspace) -> None:
+        tables = [self._table(workspace, (source,)) for source in self.data]
+        batches = shuffled_batches(
+            tables, self.train.batch, workspace.data_seed(self.name, "order"), weights=self.weights
+        )
+        base = workspace.output(self.init, f"stages.{self.name}.init")
+        model = ScalarModel(base.trunk.clone(parent=None), head_init="reward")
+        fresh = init_params(model, workspace.key(self.name, "init"))
+        objective = RewardModel(model, normalise=self.normalise, centre_coef=self.centre_coef, name=self.name)
+        heldout = self._table(workspace, self.heldout) if self.heldout else None
+
+        def evaluate(params: PyTree) -> Mapping[str, Any]:
+            assert heldout is not None
+            found = ranking_accuracy(workspace, model, params, heldout, self.train.batch)
+            return {f"{self.name}/heldout_accuracy": found.value}
+
+        def finish(params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+            if not self.centre:
+                return params, {}
+            scores = demonstration_scores(workspace, model, params, self.centre, self.train.length)
+            return normalise_scores(params, jnp.asarray(scores), mean=0.0, std=self.centre_std), {
+                "centred_on": {"demonstrations": len(scores), "mean": float(scores.mean()), "std": float(scores.std())}
+            }
+
+        train_supervised(
+            workspace, self.name, self.train, model, {**fresh, "trunk": base.trunk_params}, batches,
+            self.train.total_steps(sum(len(table.tokens) for table in tables)),
+            loss=objective.loss, with_weights=objective.with_weights,
+            evaluate=None if heldout is None else evaluate, finish=finish,
+        )  # fmt: skip
+
+    def _table(self, workspace: Workspace, sources: tuple[Source, ...]) -> RankingBatch:
+        return ranking_rows(workspace, sources, self.train.length, self.too_long, self.name)
+
+
+def ranking_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, too_long, name: str) -> RankingBatch:
+    """Rankings as one table."""
+    table = ranking_table(gather_records(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long)
+    log.info("%s: rankings: %s", name, table.report.summary())
+    return table.rows
+
+
+def ranking_accuracy(workspace: Workspace, model: ScalarModel, params: PyTree, rows: RankingBatch, batch: int):
+    """Share of held-out pairs that the model orders as people did, with an interval over prompts."""
+    scores, ranks = score_rankings(
+        lambda tokens, lengths: np.asarray(score_sequences(model, params, tokens, lengths)),
+        workspace.stoppable(one_pass(rows, batch)),
+    )
+    return pair_accuracy_by_prompt(scores, ranks)
+
+
+def demonstration_scores(
+    workspace: Workspace, model: ScalarModel, params: PyTree, sources: tuple[Source, ...], length: int
+) -> np.ndarray:
+    """The model's score of every demonstration that fits into a row."""
+    chat, tokenizer = workspace.chat, workspace.tokenizer
+    documents = [chat.dialogue_tokens(tokenizer, record["messages"]) for record in gather_records(sources)]
+    rows = one_per_row(documents, length, tokenizer.pad_id, "drop").rows
+    found = [
+        np.asarray(score_sequences(model, params, batch.tokens, np.sum(batch.segments > 0, axis=1)))
+        for batch in workspace.stoppable(one_pass(rows, SCORED_AT_A_TIME))
+    ]
+    return np.concatenate(found)[: len(rows.tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_sequences(model: ScalarModel, params: PyTree, tokens, lengths):
+    """Compiled ``scoring.sequence_scores``; an empty row gets some number."""
+    return sequence_scores(model, params, tokens, jnp.maximum(lengths, 1))

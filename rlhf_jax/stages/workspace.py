@@ -1,0 +1,172 @@
+"""What a stage finds when it runs: the experiment's values, its own folder, and the outputs of earlier stages."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jax
+
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import MISSING_INPUT, UserError
+from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.stages.outputs import (
+    Output,
+    check_same_architecture,
+    check_same_tokenizer,
+    is_output,
+    load_output,
+    save_output,
+)
+from rlhf_jax.stages.settings import Chat, TokenizerSpec, build_tokenizer
+from rlhf_jax.training.metrics import Row, Sink
+from rlhf_jax.training.signals import StopSignal
+from rlhf_jax.types import Key
+
+log = logging.getLogger(__name__)
+
+OUTPUT = "output"
+Item = TypeVar("Item")
+
+
+class Stage(Protocol):
+    """One program of an experiment; a frozen value that knows how to run itself."""
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self, workspace: Workspace) -> None:
+        """Find every mistake that can be found before anything is trained."""
+        ...
+
+    def run(self, workspace: Workspace) -> None:
+        """Train, resuming where a checkpoint is found, and save the output."""
+        ...
+
+
+@dataclass
+class Workspace:
+    """One run of an experiment, as its stages see it.
+
+    Args:
+        folder: the run directory; a stage writes below ``folder / name``.
+        model: the experiment's language model.
+        stage_names: of all stages of the experiment, in order.
+        stop: set by SIGTERM or SIGINT; loops poll it.
+        monitor: is told of each row that is written; for progress on a screen.
+        make_sinks: other places that a stage's metrics go to.
+    """
+
+    folder: Path
+    seed: int
+    model: Transformer
+    tokenizer_spec: TokenizerSpec
+    chat: Chat
+    stage_names: tuple[str, ...]
+    stop: StopSignal = field(default_factory=StopSignal)
+    monitor: Monitor | None = None
+    make_sinks: Callable[[str], tuple[Sink, ...]] = lambda stage: ()
+    tokenizer: Tokenizer = field(init=False)
+
+    def __post_init__(self):
+        self.tokenizer = build_tokenizer(self.tokenizer_spec)
+        if self.tokenizer.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"vocab_size={self.model.vocab_size}", at="model",
+                expected=f"at least the tokenizer's {self.tokenizer.vocab_size} ids",
+                fix=f"set model.vocab_size={self.tokenizer.vocab_size}",
+            )  # fmt: skip
+
+    @cached_property
+    def root_key(self) -> Key:
+        return jax.random.key(self.seed)
+
+    def key(self, stage: str, role: str) -> Key:
+        """Randomness of one role in one stage; equal for equal seeds and names."""
+        return jax.random.fold_in(self.root_key, role_number(f"{stage}/{role}"))
+
+    def data_seed(self, stage: str, role: str) -> int:
+        """The same for what needs a Python integer, such as the order of the data."""
+        return (self.seed * 1_000_003 + role_number(f"{stage}/{role}")) % 2**31
+
+    def watch(self, stage: str, total: int) -> Callable[[Row], None] | None:
+        """What a loop calls with every row."""
+        if self.monitor is None:
+            return None
+        monitor = self.monitor
+        return lambda row: monitor(stage, row["step"], total, row)
+
+    def sinks(self, stage: str) -> tuple[Sink, ...]:
+        return self.make_sinks(stage)
+
+    def stoppable(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches; a request to stop is honoured between them."""
+        for batch in batches:
+            self.stop.check()
+            yield batch
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def is_finished(self, stage: str) -> bool:
+        return is_output(self.stage_folder(stage) / OUTPUT)
+
+    def locate(self, reference: str, at: str) -> Path | None:
+        """Folder of an output: that of a stage of this run (which may not be there yet), or one named by its path.
+
+        A path may lead to an output itself or to a stage's folder. None where a stage of this run has yet to make it.
+        """
+        if reference in self.stage_names:
+            folder = self.stage_folder(reference) / OUTPUT
+            return folder if is_output(folder) else None
+        for folder in (Path(reference), Path(reference) / OUTPUT):
+            if is_output(folder):
+                return folder
+        raise UserError(
+            f"{reference!r} is neither a stage of this experiment nor a folder with a saved model", at=at,
+            expected=f"one of {', '.join(self.stage_names)}, or a path such as runs/NAME/sft",
+            fix="correct the name, or run the stage that makes it first", exit_code=MISSING_INPUT,
+        )  # fmt: skip
+
+    def check_reference(self, reference: str, at: str, earlier_than: str) -> None:
+        """The output exists, or a stage before this one will make it."""
+        if reference in self.stage_names and self.stage_names.index(reference) >= self.stage_names.index(earlier_than):
+            raise UserError(f"{reference!r} comes no earlier than {earlier_than!r}", at=at,
+                            expected="an earlier stage", fix="change the order of the stages")  # fmt: skip
+        folder = self.locate(reference, at)
+        if folder is not None:
+            self._checked(load_output(folder), str(folder))
+
+    def output(self, reference: str, at: str) -> Output:
+        folder = self.locate(reference, at)
+        if folder is None:
+            raise UserError(
+                f"stage {reference!r} has not been run in {self.folder}", at=at, expected="its output",
+                fix=f"run it first (--only {reference}), or name the output of another run", exit_code=MISSING_INPUT,
+            )  # fmt: skip
+        return self._checked(load_output(folder), str(folder))
+
+    def _checked(self, output: Output, at: str) -> Output:
+        check_same_tokenizer(output, self.tokenizer, at)
+        if not isinstance(output.model, ScalarModel):
+            check_same_architecture(output.model, self.model, at)
+        return output
+
+    def save(self, stage: str, output: Output) -> None:
+        save_output(self.stage_folder(stage) / OUTPUT, output)
+
+
+class Monitor(Protocol):
+    """Somebody who watches a run."""
+
+    def __call__(self, stage: str, step: int, total: int, metrics: dict[str, Any]) -> None: ...
+
+
+def role_number(role: str) -> int:
+    """A number that belongs to a name for ever (Python's ``hash`` changes from process to process)."""
+    return zlib.crc32(role.encode())
