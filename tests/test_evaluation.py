@@ -78,12 +78,14 @@ def test_bootstrap_edges():
             bad()
 
 
-def test_bootstrap_follows_its_seed_alone():
+def test_bootstrap_follows_its_seed_alone(monkeypatch):
     values = RNG.normal(size=30)
     assert estimates.mean(values, seed=5) == estimates.mean(values, seed=5)
     assert estimates.mean(values, seed=5) != estimates.mean(values, seed=6)
-    # Memory is bounded by drawing in parts, which must not change a thing.
-    assert estimates._resample(values, np.ones(30), 100, 0).shape == (100,)
+    whole = estimates.ratio(values, np.ones(30), resamples=101)
+    monkeypatch.setattr(estimates, "_DRAWS_AT_A_TIME", 30 * 20)  # memory is bounded by drawing in parts
+    assert len(estimates._resample(values, np.ones(30), 101, 0)) == 101
+    assert estimates.ratio(values, np.ones(30), resamples=101) == whole
 
 
 @pytest.mark.parametrize("successes, n", [(0, 10), (10, 10), (7, 10), (81, 263), (1, 1)])

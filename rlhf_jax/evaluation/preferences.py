@@ -27,7 +27,7 @@ def pair_outcomes(
         raise ValueError(f"scores {scores.shape} and ranks {ranks.shape} must both be [prompts, responses]")
     if not np.isfinite(scores[ranks >= 0]).all():
         raise ValueError("some scores are not finite")
-    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None] & (ranks >= 0)[:, None, :]
+    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
     margin = scores[:, :, None] - scores[:, None, :]
     right = np.where(better, (margin > 0) + 0.5 * (margin == 0), 0.0)
     return right.sum(axis=(1, 2)), better.sum(axis=(1, 2))
