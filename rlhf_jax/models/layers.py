@@ -46,14 +46,14 @@ class Shared:
 
 def parameter(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, style: Style
-) -> Float[Array, "..."]:
+) -> Float[Array, " ..."]:
     """Declare a weight drawn from N(0, std²) (zeros for std 0), with logical axes, in the compute dtype."""
     initialise = nn.initializers.normal(std) if std > 0.0 else nn.initializers.zeros
     value = module.param(name, nn.with_logical_partitioning(initialise, axes), shape, style.param_dtype)
     return value.astype(style.dtype)
 
 
-def dropped(module: nn.Module, x: Float[Array, "..."], shared: Shared) -> Float[Array, "..."]:
+def dropped(module: nn.Module, x: Float[Array, " ..."], shared: Shared) -> Float[Array, " ..."]:
     """Residual dropout: zero entries with the model's probability, scale the rest."""
     rate = shared.style.dropout
     if shared.deterministic or rate == 0.0:
@@ -92,6 +92,6 @@ class RMSNorm(nn.Module):
         return out.astype(x.dtype)
 
 
-def _norm_weight(module: nn.Module, name: str, value: float, width: int, style: Style) -> Float[Array, "E"]:
+def _norm_weight(module: nn.Module, name: str, value: float, width: int, style: Style) -> Float[Array, " E"]:
     initialise = nn.with_logical_partitioning(nn.initializers.constant(value), ("norm",))
     return module.param(name, initialise, (width,), style.param_dtype).astype(jnp.float32)

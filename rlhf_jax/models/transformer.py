@@ -170,14 +170,14 @@ class Transformer(nn.Module):
 
     def __call__(
         self, tokens: Int[Array, "B T"], context: Context, cache: Cache | None = None, deterministic: bool = True
-    ) -> tuple[Float[Array, "B T V"], Cache | None, dict[str, Float[Array, "layers"]]]:
+    ) -> tuple[Float[Array, "B T V"], Cache | None, dict[str, Float[Array, " layers"]]]:
         """Logits (fp32) of the next token after each token."""
         x, cache, aux = self.hidden(tokens, context, cache, deterministic)
         return self.unembed(x), cache, aux
 
     def hidden(
         self, tokens: Int[Array, "B T"], context: Context, cache: Cache | None = None, deterministic: bool = True
-    ) -> tuple[Float[Array, "B T E"], Cache | None, dict[str, Float[Array, "layers"]]]:
+    ) -> tuple[Float[Array, "B T E"], Cache | None, dict[str, Float[Array, " layers"]]]:
         """What the unembedding reads.
 
         Args:
@@ -262,7 +262,7 @@ def _enter(cache: Cache, context: Context) -> Cache:
     )
 
 
-def _gather(aux: tuple[dict[str, Float[Array, "repeats"]], ...]) -> dict[str, Float[Array, "layers"]]:
+def _gather(aux: tuple[dict[str, Float[Array, " repeats"]], ...]) -> dict[str, Float[Array, " layers"]]:
     """All values reported under one name, of all layers that report it."""
     names = dict.fromkeys(name for found in aux for name in found)
     return {name: jnp.concatenate([found[name] for found in aux if name in found]) for name in names}

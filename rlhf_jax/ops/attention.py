@@ -38,7 +38,7 @@ class Mask:
         keys: Context,
         *,
         window: int | None = None,
-        prefix: Int[Array, "..."] | int = 0,
+        prefix: Int[Array, " ..."] | int = 0,
     ) -> Mask:
         """Each token sees itself and the past of its segment.
 
