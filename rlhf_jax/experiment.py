@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_jax import config
 from rlhf_jax.data.chat import ChatFormat
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.models import Transformer
 from rlhf_jax.runs.files import write_json
 from rlhf_jax.runs.rundir import RunDirectory, open_run, read_config
@@ -110,6 +110,8 @@ def run(
                 continue
             announce(f"[{number}/{len(chosen)}] {stage.name}")
             stage.run(workspace)
+            if workspace.stop.requested:
+                raise Preempted(f"stopped after stage {stage.name}; everything is saved")
         return _conclude(experiment, workspace, directory, announce)
 
 

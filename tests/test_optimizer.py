@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
+from rlhf_jax.models import MLP, Attention, Block, LayerNorm, ScalarModel, Transformer, abstract_params
 from rlhf_jax.training.optimizer import Optimizer, decays, scale_by_tf_adam
 
 
@@ -119,6 +121,18 @@ def test_decay_goes_by_name_and_not_by_rank():
     np.testing.assert_allclose(after["embed"]["embedding"], 0.9)
     np.testing.assert_array_equal(after["blocks"]["dense"]["bias"], 1.0)
     np.testing.assert_array_equal(after["blocks"]["norm"]["scale"], 1.0)
+
+
+def test_every_matrix_of_a_model_decays_and_nothing_else():
+    block = Block(Attention(heads=2, qkv_bias=True, out_bias=True, qk_norm=True), MLP(8, bias=True))
+    model = Transformer(vocab_size=5, d_model=4, pattern=(block,), repeats=2, norm=LayerNorm(), tie_embeddings=False)
+    chosen = flatten_dict(decays(abstract_params(ScalarModel(model))), sep="/")
+    assert {name.split("/")[-1] for name, kept in chosen.items() if kept} == {
+        "embedding", "unembedding", "kernel", "qkv", "in", "out"
+    }  # fmt: skip
+    assert {name.split("/")[-1] for name, kept in chosen.items() if not kept} == {
+        "bias", "scale", "qkv_bias", "out_bias", "in_bias"
+    }  # fmt: skip
 
 
 def test_clipping_goes_by_the_norm_of_all_leaves():

@@ -47,8 +47,10 @@ class Pretrain:
         check_weights(self.weights, self.data, self.name)
         if self.init is not None:
             workspace.check_reference(self.init, f"stages.{self.name}.init", self.name)
-        for source in (*self.data, *self.heldout):
-            source.records()
+        sources = (*self.data, *self.heldout)
+        tables = [text_rows(workspace, (source,), self.train.length, self.name) for source in sources]
+        rows = sum(len(table.tokens) for table in tables[: len(self.data)])
+        self.train.check(rows, f"stages.{self.name}.train")
 
     def run(self, workspace: Workspace) -> None:
         tables = [text_rows(workspace, (source,), self.train.length, self.name) for source in self.data]
@@ -103,8 +105,9 @@ class FineTune:
         check_weights(self.weights, self.data, self.name)
         if self.init is not None:
             workspace.check_reference(self.init, f"stages.{self.name}.init", self.name)
-        for source in (*self.data, *self.heldout):
-            self._table(workspace, (source,))
+        tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
+        rows = sum(len(table.tokens) for table in tables[: len(self.data)])
+        self.train.check(rows, f"stages.{self.name}.train")
         for source in self.pretraining:
             source.records()
 
@@ -121,11 +124,14 @@ class FineTune:
         _train(self, workspace, batches, sum(rows), heldout, self.mean)
 
     def _table(self, workspace: Workspace, sources: tuple[Source, ...]) -> TokenBatch:
-        packed = demonstration_table(
-            gather_records(sources), workspace.tokenizer, workspace.chat, self.train.length,
-            loss_on=self.loss_on, too_long=self.too_long,
-        )  # fmt: skip
-        return logged(packed, self.name)
+        def make() -> TokenBatch:
+            packed = demonstration_table(
+                gather_records(sources), workspace.tokenizer, workspace.chat, self.train.length,
+                loss_on=self.loss_on, too_long=self.too_long,
+            )  # fmt: skip
+            return logged(packed, self.name)
+
+        return workspace.once((sources, self.train.length, self.loss_on, self.too_long), make)
 
 
 def _train(
@@ -153,7 +159,6 @@ def heldout_loss(
     workspace: Workspace, rows: TokenBatch, batch: int, name: str
 ) -> Callable[[PyTree], dict[str, float]]:
     """A function of the parameters: loss per target token over all rows, and bits per byte."""
-
     decode = workspace.tokenizer.decode
 
     def evaluate(params: PyTree) -> dict[str, float]:
@@ -165,7 +170,11 @@ def heldout_loss(
 
 def text_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, name: str) -> TokenBatch:
     """Texts as full rows of tokens."""
-    return logged(text_table(gather_records(sources), workspace.tokenizer, length), name)
+
+    def make() -> TokenBatch:
+        return logged(text_table(gather_records(sources), workspace.tokenizer, length), name)
+
+    return workspace.once((sources, length), make)
 
 
 def logged(packed: Packed, name: str) -> TokenBatch:

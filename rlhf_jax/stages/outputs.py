@@ -63,7 +63,7 @@ def load_output(folder: Path) -> Output:
     """Read what ``save_output`` wrote; a damaged file is an error that names it."""
     if not is_output(folder):
         raise UserError("no model was saved here", at=str(folder), expected=f"a folder with {MODEL_FILE}",
-                        fix="run the stage that makes it to its end, or name another folder", exit_code=MISSING_INPUT)  # fmt: skip
+                        fix="run the stage that makes it, or name another folder", exit_code=MISSING_INPUT)  # fmt: skip
     try:
         described = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
         model, notes = config.revive(described["model"]), described["notes"]
@@ -94,4 +94,4 @@ def check_same_architecture(found: Transformer, wanted: Transformer, at: str) ->
     listed = "; ".join(f"{name}: saved {shapes[1].get(name)}, wanted {shapes[0].get(name)}" for name in names[:6])
     more = f"; and {len(names) - 6} more" if len(names) > 6 else ""
     raise UserError(f"a model of another architecture ({listed}{more})", at=at,
-                    expected="the experiment's model", fix="change `model`, or start from another checkpoint")  # fmt: skip
+                    expected="the experiment's model", fix="change `model`, or take another checkpoint")  # fmt: skip

@@ -24,7 +24,7 @@ from rlhf_jax.stages.language import check_length, text_rows
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import Gold, Prompts, gold_rewards, read_prompts, response_texts, score_rollout
 from rlhf_jax.stages.samples import SampleLog
-from rlhf_jax.stages.settings import Source
+from rlhf_jax.stages.settings import Source, check_schedule
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import MetricsWriter
@@ -103,8 +103,8 @@ class Reinforce:
         if self.critic not in ("reward", "policy", "shared"):
             raise UserError(f"critic={self.critic!r}", at=self.name, expected="'reward', 'policy' or 'shared'")
         if self.critic == "reward" and not isinstance(self.reward, str):
-            raise UserError("critic='reward' without a reward model", at=self.name,
-                            expected="'policy' or 'shared' where the reward is plain Python", fix="change critic")  # fmt: skip
+            raise UserError("critic='reward' without a reward model", at=self.name, fix="change critic",
+                            expected="'policy' or 'shared' where the reward is plain Python")  # fmt: skip
         for name in ("iterations", "prompts_per_iteration", "minibatch", "microbatches", "epochs", "save_every",
                      "samples_every", "prompt_length"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -137,6 +137,7 @@ class Reinforce:
         workspace.check_reference(self.policy, f"stages.{self.name}.policy", self.name)
         if isinstance(self.reward, str):
             workspace.check_reference(self.reward, f"stages.{self.name}.reward", self.name)
+        check_schedule(self.optimizer, self.updates, f"stages.{self.name}.optimizer")
         self._prompts(workspace)
         if self.ptx is not None:
             check_length(workspace, self.ptx.length, self.name)

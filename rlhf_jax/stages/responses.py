@@ -55,8 +55,12 @@ def read_prompts(
     workspace: Workspace, sources: tuple[Source, ...], length: int, too_long, most: int | None = None
 ) -> Prompts:
     """Prompts as one table of at most ``most`` rows."""
-    records = gather_records(sources)[:most]
-    return Prompts(prompt_table(records, workspace.tokenizer, workspace.chat, length, too_long=too_long))
+
+    def make() -> Prompts:
+        records = gather_records(sources)[:most]
+        return Prompts(prompt_table(records, workspace.tokenizer, workspace.chat, length, too_long=too_long))
+
+    return workspace.once(("prompts", sources, length, too_long, most), make)
 
 
 def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

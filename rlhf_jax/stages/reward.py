@@ -63,8 +63,9 @@ class TrainReward:
         check_length(workspace, self.train.length, self.name)
         check_weights(self.weights, self.data, self.name)
         workspace.check_reference(self.init, f"stages.{self.name}.init", self.name)
-        for source in (*self.data, *self.heldout):
-            self._table(workspace, (source,))
+        tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
+        rows = sum(len(table.tokens) for table in tables[: len(self.data)])
+        self.train.check(rows, f"stages.{self.name}.train")
         for source in self.centre:
             source.records()
 
@@ -105,9 +106,13 @@ class TrainReward:
 
 def ranking_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, too_long, name: str) -> RankingBatch:
     """Rankings as one table."""
-    table = ranking_table(gather_records(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long)
-    log.info("%s: rankings: %s", name, table.report.summary())
-    return table.rows
+
+    def make() -> RankingBatch:
+        table = ranking_table(gather_records(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long)
+        log.info("%s: rankings: %s", name, table.report.summary())
+        return table.rows
+
+    return workspace.once(("rankings", sources, length, too_long), make)
 
 
 def ranking_accuracy(workspace: Workspace, model: ScalarModel, params: PyTree, rows: RankingBatch, batch: int):

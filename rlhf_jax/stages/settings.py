@@ -91,6 +91,18 @@ class Training:
         assert self.epochs is not None
         return max(1, math.ceil(self.epochs * rows / self.batch))
 
+    def check(self, rows: int, at: str) -> None:
+        """The schedule fits into the steps."""
+        check_schedule(self.optimizer, self.total_steps(rows), at)
+
+
+def check_schedule(optimizer: Optimizer, steps: int, at: str) -> None:
+    """A warm-up that is longer than the stage is found before the stage begins."""
+    try:
+        optimizer.shape(steps)
+    except ValueError as fault:
+        raise UserError(str(fault), at=at, fix="shorten the warm-up or train longer") from fault
+
 
 def gather_records(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """All records of the sources, one source after the other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,7 @@ class Workspace:
     monitor: Monitor | None = None
     make_sinks: Callable[[str], tuple[Sink, ...]] = lambda stage: ()
     tokenizer: Tokenizer = field(init=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         self.tokenizer = build_tokenizer(self.tokenizer_spec)
@@ -93,6 +94,12 @@ class Workspace:
     def data_seed(self, stage: str, role: str) -> int:
         """The same for what needs a Python integer, such as the order of the data."""
         return (self.seed * 1_000_003 + role_number(f"{stage}/{role}")) % 2**31
+
+    def once(self, what: Hashable, make: Callable[[], Item]) -> Item:
+        """What ``make`` gives, kept under a name: data that is checked before the run is not read a second time."""
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]
 
     def watch(self, stage: str, total: int) -> Callable[[Row], None] | None:
         """What a loop calls with every row."""

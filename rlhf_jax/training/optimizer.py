@@ -109,15 +109,15 @@ class Optimizer:
 
 
 def decays(params: PyTree) -> PyTree:
-    """Selects the leaves that weight decay acts on: matrices and embeddings, by the name of the leaf.
+    """Selects the leaves that weight decay acts on: all but biases and norms' scales, by the name of the leaf.
 
-    A leaf's rank would not tell: layers that are stacked by a scan give biases and norm scales one more axis.
+    A leaf's rank would not tell: layers that are stacked by a scan give biases and scales one more axis.
     """
 
     def selected(path: tuple[Any, ...], leaf: Any) -> bool:
         del leaf
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return "kernel" in name or "embedding" in name
+        return "bias" not in name and "scale" not in name
 
     return jax.tree_util.tree_map_with_path(selected, params)
 

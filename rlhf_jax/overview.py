@@ -1,0 +1,158 @@
+"""What a run will be, before it is one: the resolved configuration, sizes of models, tokens and memory of each stage.
+
+Everything is arithmetic on shapes (``jax.eval_shape``); nothing is allocated and no data is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from rlhf_jax import config
+from rlhf_jax.experiment import AnyStage, Experiment
+from rlhf_jax.models import ScalarModel, Transformer, abstract_params, count_params, empty_cache
+from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.reward import TrainReward
+from rlhf_jax.training.step import init_state
+from rlhf_jax.types import PyTree
+
+MIB = 2**20
+LONG = 10**9
+"""Stands for a number of steps that is not known without the data; sizes do not depend on it."""
+
+
+@dataclass(frozen=True)
+class StageSize:
+    """How large a stage is.
+
+    Args:
+        trained: numbers that the optimizer moves.
+        steps: optimizer steps; None where they depend on the data.
+        tokens: tokens read or sampled in the whole stage, padding included; None where that depends on the data.
+        state_bytes: parameters, optimizer and average of the weights.
+        frozen_bytes: reference policy and reward model.
+        cache_bytes: keys and values while sampling.
+        batch: the batch sizes in words.
+    """
+
+    trained: int
+    steps: int | None
+    tokens: int | None
+    state_bytes: int
+    frozen_bytes: int
+    cache_bytes: int
+    batch: str
+
+
+def stage_size(stage: AnyStage, model: Transformer) -> StageSize:
+    """Sizes of one stage, from shapes alone. Reward models are taken to have the policy's architecture."""
+    if isinstance(stage, Reinforce):
+        return _reinforcement_size(stage, model)
+    scalar = isinstance(stage, TrainReward)
+    trained = ScalarModel(model.clone(parent=None)) if scalar else model
+    train = stage.train
+    steps = train.steps
+    tokens = None if steps is None else steps * train.batch * train.length
+    optimizer = train.optimizer.build(LONG if steps is None else steps)
+    shapes = abstract_params(trained)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=train.ema_decay is not None), shapes)
+    of = "prompts" if scalar else "rows"
+    micro = f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""
+    words = f"{train.batch} {of} x {train.length} tokens{micro}"
+    return StageSize(count_params(trained), steps, tokens, tree_bytes(state), 0, 0, words)
+
+
+def _reinforcement_size(stage: Reinforce, model: Transformer) -> StageSize:
+    scalar = ScalarModel(model.clone(parent=None))
+    policy, critic = abstract_params(model), abstract_params(scalar)
+    trained = critic if stage.critic == "shared" else {"policy": policy, "critic": critic}
+    optimizer = stage.optimizer.build(stage.updates)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=stage.ema_decay is not None), trained)
+    width = stage.prompt_length + stage.sampling.max_new_tokens
+    cache = jax.eval_shape(lambda: empty_cache(model, stage.rollout, width))
+    frozen = tree_bytes(policy) + (tree_bytes(critic) if isinstance(stage.reward, str) else 0)
+    words = (
+        f"{stage.prompts_per_iteration} prompts x {stage.sampling.samples_per_prompt} = rollout {stage.rollout}; "
+        f"{stage.epochs} epochs of {stage.rollout // stage.minibatch} minibatches of {stage.minibatch}"
+    )
+    if stage.ptx is not None:
+        words += f" + {stage.minibatch * stage.ptx.texts_per_episode} rows of text"
+    return StageSize(
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained)), stage.updates, stage.episodes * width,
+        tree_bytes(state), frozen, tree_bytes(cache), words,
+    )  # fmt: skip
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree, abstract or not."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def show(experiment: Experiment, console: Console | None = None) -> None:
+    """Print the configuration and the sizes of all stages."""
+    console = Console() if console is None else console
+    described = config.describe(experiment)
+    tree = Tree(Text(f"{experiment.name}  (fingerprint {config.fingerprint(described)[:8]})", style="bold"))
+    for line, value in _branches(described):
+        _grow(tree, line, value)
+    console.print(tree)
+    table = Table(title="stages", title_justify="left")
+    for name in ("stage", "trained", "steps", "tokens", "state MiB", "frozen MiB", "cache MiB"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for stage in experiment.stages:
+        size = stage_size(stage, experiment.model)
+        table.add_row(
+            stage.name, f"{size.trained:,}", _count(size.steps), _count(size.tokens),
+            *(f"{x / MIB:.1f}" for x in (size.state_bytes, size.frozen_bytes, size.cache_bytes)),
+        )  # fmt: skip
+    console.print(table)
+    for stage in experiment.stages:
+        console.print(Text.assemble((f"{stage.name}: ", "bold"), stage_size(stage, experiment.model).batch))
+    console.print(
+        f"The language model has {count_params(experiment.model):,} parameters in {experiment.model.layers} layers. "
+        "Memory counts what lives through a whole stage; gradients take as much as the trained parameters, and "
+        "activations come on top. Steps in epochs depend on the data.",
+        style="dim",
+    )
+
+
+def _count(number: int | None) -> str:
+    return "(epochs)" if number is None else f"{number:,}"
+
+
+def _branches(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((name, child) for name, child in value.items() if name != "class")
+    else:
+        yield from ((str(i), child) for i, child in enumerate(value))
+
+
+def _grow(tree: Tree, name: str, value: Any) -> None:
+    """Add a field: a leaf in one line, anything else as a branch with its class."""
+    nested = isinstance(value, dict | list) and any(isinstance(child, dict | list) for _, child in _branches(value))
+    if not nested:
+        tree.add(Text.assemble(name, " = ", (_short(value), "cyan")))
+        return
+    kind = value["class"].split(":")[-1] if isinstance(value, dict) and "class" in value else ""
+    branch = tree.add(Text.assemble(name, "  ", (kind, "green")))
+    for child, content in _branches(value):
+        _grow(branch, child, content)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        fields = ", ".join(f"{name}={_short(child)}" for name, child in _branches(value))
+        return f"{value['class'].split(':')[-1]}({fields})" if "class" in value else f"{{{fields}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_short(child) for child in value)}]"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
