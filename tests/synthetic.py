@@ -22,7 +22,8 @@ def _rows(path: Path, columns: dict[str, np.ndarray], every: int = 1) -> None:
 def write_run(path: Path, seed: int = 0, lr: float = 1e-3) -> Path:
     """A run of four stages whose curves look like real ones."""
     rng = np.random.default_rng(seed)
-    described = {"name": "made-up", "seed": seed, "stages": [{"name": "ppo", "lr": lr}]}
+    stages = [{"name": name} for name in ("pretrain", "sft", "reward")] + [{"name": "ppo", "lr": lr}]
+    described = {"name": "made-up", "seed": seed, "stages": stages}
     path.mkdir(parents=True)
     dump(path / "config.json", {"fingerprint": config.fingerprint(described), "config": described})
     dump(path / "environment.json", {"python": "3.11", "packages": {"jax": "0.10.2"}, "devices": ["cpu"]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -10,11 +12,14 @@ import types
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 from synthetic import write_run
 
-import rlhf_jax
 from rlhf_jax import __main__ as program
+from rlhf_jax.cli import progress
 from rlhf_jax.errors import BUG, MISSING_INPUT, PREEMPTED, USAGE, Preempted, UserError
+from rlhf_jax.runs import report
 
 EXPERIMENT = """
 from __future__ import annotations
@@ -47,21 +52,24 @@ def file(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """Stands in for the programs of the stages and records what they are called with."""
     recorded = []
-    fake = types.ModuleType("rlhf_jax.experiment")
 
-    def record(name, result=None):
+    def record(module, name, result=None):
         def function(*arguments, **options):
             recorded.append((name, arguments, options))
             return result(*arguments) if callable(result) else result
 
+        fake = sys.modules.get(module) if module in fakes else types.ModuleType(module)
+        fakes.add(module)
         setattr(fake, name, function)
+        monkeypatch.setitem(sys.modules, module, fake)
 
-    record("run")
-    record("show")
-    record("sample", lambda directory, prompts: [[f"answer to {prompt}"] for prompt in prompts])
-    record("evaluate", {"win_rate": {"value": 0.8, "low": 0.7, "high": 0.9}})
-    monkeypatch.setitem(sys.modules, "rlhf_jax.experiment", fake)
-    monkeypatch.setattr(rlhf_jax, "experiment", fake, raising=False)
+    fakes: set[str] = set()
+    record("rlhf_jax.experiment", "run")
+    record("rlhf_jax.experiment", "evaluate", {"win_rate": {"value": 0.8, "low": 0.7, "high": 0.9}})
+    record("rlhf_jax.overview", "show")
+    record("rlhf_jax.answering", "answer", lambda _, prompts: [[f"answer to {prompt}"] for prompt in prompts])
+    record("rlhf_jax.models.huggingface", "import_folder")
+    monkeypatch.setattr(report, "write_report", lambda directory: directory / "report.html")
     return recorded
 
 
@@ -95,6 +103,7 @@ def test_run_hands_on_the_resolved_experiment(file, calls):
     assert name == "run"
     assert (experiment.train.lr, experiment.seed, experiment.train.steps) == (1e-4, 3, 7)
     assert directory.parent == Path("runs") and directory.name.startswith("tiny-") and len(directory.name) == 13
+    assert isinstance(options.pop("monitor"), progress.ProgressLine) and callable(options.pop("announce"))
     assert options == {
         "resume": True,
         "only": ("sft", "ppo"),
@@ -119,6 +128,9 @@ def test_show_sweep_sample_and_eval_hand_on_their_words(file, calls, capsys):
     assert "answer to [b]" in capsys.readouterr().out
     assert program.main(["eval", "r"]) == 0
     assert "0.8 [0.7, 0.9]" in capsys.readouterr().out
+    calls.clear()
+    assert program.main(["import", "gpt2", "here"]) == 0
+    assert calls == [("import_folder", (Path("gpt2"), Path("here")), {})]
 
 
 @pytest.mark.parametrize(
@@ -196,3 +208,28 @@ def test_doctor_examines_and_says_what_is_wrong(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
     assert program.main(["doctor", "--folder", str(tmp_path / "none")]) == 74
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_progress_tells_what_people_watch(monkeypatch):
+    row = {"step": 5, "sft/loss": 1.23456, "perf/tokens_per_s": 12345.6, "lr": 1e-3}
+    assert progress.numbers_text(row) == "loss 1.235  12,346 tokens/s"
+    clock = iter([0.0, 4.0, 20.0, 30.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    with progress.ProgressLine(Console(file=out, width=200)) as line:
+        for step in (10, 20, 50, 70):
+            line("s[f]t", step, 70, {"sft/loss": 1.0})
+        logging.getLogger("rlhf_jax.some").warning("kept [this]")
+    said = [text.strip() for text in out.getvalue().splitlines()]
+    # At 20 s: 40 steps took 20 s, 20 are left.
+    assert said == ["s[f]t 50/70  loss 1  0:10 left", "s[f]t 70/70  loss 1", "WARNING  kept [this]"]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    out = io.StringIO()
+    with progress.ProgressLine(Console(file=out, width=120, force_terminal=True)) as line:
+        line.announce("[1/2] sft")
+        line("sft", 1, 4, {"sft/loss": 2.0})
+        line("ppo", 3, 4, {"ppo/score": 0.5})
+    said = Text.from_ansi(out.getvalue()).plain
+    assert "[1/2] sft" in said and "ppo" in said and "3/4 score 0.5" in said

@@ -167,6 +167,7 @@ def test_a_wrong_override_names_the_path_and_what_fits(path, text, words):
         ("stages.dpo.train.lr", "stages.ppo.train.lr"),
         ("model.mixer.head", "model.mixer.heads"),
         ("d_model", "model.d_model"),
+        ("model.mixer.n_heads", "model.mixer.heads"),
     ],
 )
 def test_an_unknown_field_names_the_nearest_path(wrong, right):

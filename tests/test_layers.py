@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("evaluation",),
     ("runs",),
-    ("experiment", "stages"),
+    ("stages", "experiment", "answering", "overview"),
     ("cli", "__main__"),
 )
 """From the bottom to the top: a module imports from its own layer or one below."""

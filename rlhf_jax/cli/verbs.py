@@ -60,9 +60,9 @@ class Show:
 
     def run(self) -> None:
         _, experiment, _ = _resolved(self.file, self.overrides)
-        from rlhf_jax import experiment as program
+        from rlhf_jax.overview import show
 
-        program.show(experiment)
+        show(experiment)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,13 @@ class Sample:
         from rich.rule import Rule
         from rich.text import Text
 
-        from rlhf_jax import experiment as program
         from rlhf_jax.errors import UserError
 
         if not self.prompt:
             raise UserError("no prompt was given", at="--prompt", expected="a text")
-        responses = program.sample(
+        from rlhf_jax.answering import answer
+
+        responses = answer(
             self.run_dir,
             self.prompt,
             stage=self.stage,
@@ -153,8 +154,8 @@ class Sample:
         console = Console(highlight=False)
         for prompt, answers in zip(self.prompt, responses, strict=True):
             console.print(Rule(Text(prompt, style="bold"), align="left"))
-            for answer in answers:
-                console.print(Text(answer), end="\n\n")
+            for text in answers:
+                console.print(Text(text), end="\n\n")
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,12 @@ class Eval:
         from rich.table import Table
         from rich.text import Text
 
-        from rlhf_jax import experiment as program
+        from rlhf_jax.experiment import evaluate
         from rlhf_jax.runs.compare import number_text
         from rlhf_jax.runs.read import final_numbers
 
         table = Table("number", "value")
-        for name, number in final_numbers(program.evaluate(self.run_dir)).items():
+        for name, number in final_numbers(evaluate(self.run_dir)).items():
             table.add_row(Text(name), Text(number_text(number)))
         Console().print(table)
 
@@ -227,6 +228,20 @@ def _resolved(path: Path, words: tuple[tuple[str, ...], ...]) -> tuple[ConfigFil
 def _run_experiment(
     experiment: Any, directory: Path, resume: bool, only: tuple[str, ...], source: Path, overrides: Mapping[str, Any]
 ) -> None:
-    from rlhf_jax import experiment as program
+    from rlhf_jax.cli.progress import ProgressLine
+    from rlhf_jax.experiment import run
+    from rlhf_jax.runs.report import write_report
 
-    program.run(experiment, directory, resume=resume, only=only, source=source, overrides=dict(overrides))
+    with ProgressLine() as line:
+        line.announce(f"run directory: {directory}")
+        run(
+            experiment,
+            directory,
+            resume=resume,
+            only=only,
+            source=source,
+            overrides=dict(overrides),
+            monitor=line,
+            announce=line.announce,
+        )
+        line.announce(f"report: {write_report(directory)}")

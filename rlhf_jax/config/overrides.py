@@ -109,7 +109,7 @@ class _Change:
         for parts, path, new in pending:
             fits = [count for count in range(len(parts), 0, -1) if ".".join(parts[:count]) in names]
             if not fits:
-                raise self._unknown(path, f"there is no {parts[0]!r} in {at or 'the configuration'!r}")
+                raise self._unknown(path, f"there is no {parts[0]!r} {'in ' + repr(at) if at else 'at the top'}")
             groups.setdefault(".".join(parts[: fits[0]]), []).append((parts[fits[0] :], path, new))
         return groups
 

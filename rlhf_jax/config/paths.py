@@ -96,6 +96,8 @@ def _likeness(path: str, candidate: str) -> float:
     tails = difflib.SequenceMatcher(None, tail, other_tail).ratio()
     if _abbreviates(tail, other_tail) or _abbreviates(other_tail, tail):
         tails = 0.95
+    if set(tail.split("_")) > set(other_tail.split("_")) or set(tail.split("_")) < set(other_tail.split("_")):
+        tails = max(tails, 0.9)  # n_heads is heads
     if tail == other_tail:
         tails = 1.0
     return max(whole, 0.35 * heads + 0.65 * tails)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,26 +96,23 @@ def read_run(directory: str | Path) -> Run:
     if not (directory / CONFIG_FILE).is_file():
         what = f"no {CONFIG_FILE} in it" if directory.is_dir() else "no such directory"
         raise UserError(what, at=str(directory), expected="a run directory", exit_code=MISSING_INPUT)
-    summary = _optional_json(directory / SUMMARY_FILE)
+    summary, description = _optional_json(directory / SUMMARY_FILE), read_config(directory)
     return Run(
         path=directory,
-        config=read_config(directory),
+        config=description,
         environment=_optional_json(directory / "environment.json"),
         final=final_numbers(summary),
         summary=summary,
-        stages={folder.name: _read_stage(folder) for folder in _stage_folders(directory)},
+        stages={folder.name: _read_stage(folder) for folder in _stage_folders(directory, description)},
     )
 
 
-def _stage_folders(directory: Path) -> list[Path]:
-    """The folders of stages, in the order in which they began."""
-    folders = [entry for entry in directory.iterdir() if entry.is_dir() and (entry / METRICS_FILE).is_file()]
-    return sorted(folders, key=lambda folder: (_began(folder), folder.name))
-
-
-def _began(folder: Path) -> float:
-    """When the stage's folder was first written to; resuming touches later files, never all of them."""
-    return min((entry.stat().st_mtime for entry in folder.iterdir()), default=sys.float_info.max)
+def _stage_folders(directory: Path, description: Any) -> list[Path]:
+    """The folders of stages, in the order of the configuration."""
+    stages = description.get("stages", ()) if isinstance(description, dict) else ()
+    order = [stage.get("name") for stage in stages if isinstance(stage, dict)]
+    folders = sorted(entry for entry in directory.iterdir() if (entry / METRICS_FILE).is_file())
+    return sorted(folders, key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
 
 
 def _read_stage(folder: Path) -> StageRecord:
