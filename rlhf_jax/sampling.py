@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ class Sampling:
         top_k: 0 for all tokens; see ``ops.filters`` for the exact meaning of the filters and their order.
         top_p: 1 for all tokens.
         min_p: 0 for all tokens.
-        greedy: take the most probable token (the first of equals) instead. Temperature and filters are then ignored, and
-            log-probabilities are those of the unmodified distribution.
+        greedy: take the most probable token (the first of equals) instead. Temperature and filters are then ignored,
+            and log-probabilities are those of the unmodified distribution.
         stop_tokens: tokens that end a response as EOS does; like EOS they are part of it.
         samples_per_prompt: responses to each prompt, which share its prefill.
     """
@@ -63,7 +64,9 @@ class Sampling:
         if not fine or (integer and not isinstance(value, int)):
             raise UserError(f"{value!r}", at=f"Sampling.{name}", expected=expected)
 
-    def filter(self, logits: Float[Array, "*rows V"], keep: Int[Array, "*rows"] | None = None) -> Float[Array, "*rows V"]:
+    def filter(
+        self, logits: Float[Array, "*rows V"], keep: Int[Array, "*rows"] | None = None
+    ) -> Float[Array, "*rows V"]:
         """Logits of the distribution that responses are drawn from; ``keep`` as in ``ops.filters``."""
         if self.greedy:
             return logits
@@ -164,7 +167,8 @@ def _sample(
 
     def append(state: _Decoding, logits: Float[Array, "B V"]) -> _Decoding:
         token, logprob = _draw(sampling, logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.step))
-        return state.replace(
+        return replace(
+            state,
             step=state.step + 1,
             token=token,
             length=state.length + ~state.finished,
@@ -175,8 +179,8 @@ def _sample(
 
     def decode(state: _Decoding) -> _Decoding:
         context = Context((prompts.lengths + state.step - 1)[:, None], (~state.finished).astype(jnp.int32)[:, None])
-        logits, cache, _ = model.apply({"params": params}, state.token[:, None], context, state.cache)
-        return append(state.replace(cache=cache), logits[:, 0])
+        logits, cache, _ = _apply(model, params, state.token[:, None], context, state.cache)
+        return append(replace(state, cache=cache), logits[:, 0])
 
     width = prompts.tokens.shape[1]
     state = append(_start(_resized(model, cache, rows, width + sampling.max_new_tokens - 1), rows, sampling), logits)
@@ -191,9 +195,13 @@ def _prefill(model: Transformer, params: PyTree, prompts: PromptBatch) -> tuple[
     rows, width = prompts.tokens.shape
     context = Context.of_lengths(prompts.lengths, width)
     cache = empty_cache(model, rows, width)
-    hidden, cache, _ = model.apply({"params": params}, prompts.tokens, context, cache, method="hidden")
+    hidden, cache, _ = _apply(model, params, prompts.tokens, context, cache, method="hidden")
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.apply({"params": params}, last, method="unembed"), cache
+    return _apply(model, params, last, method="unembed"), cache
+
+
+def _apply(model: Transformer, params: PyTree, *inputs: Any, method: str = "__call__") -> Any:
+    return model.apply({"params": params}, *inputs, method=method)
 
 
 def _resized(model: Transformer, cache: Cache, rows: int, slots: int) -> Cache:
@@ -226,9 +234,7 @@ def _start(cache: Cache, rows: int, sampling: Sampling) -> _Decoding:
     )
 
 
-def _draw(
-    sampling: Sampling, logits: Float[Array, "B V"], keys: Key
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+def _draw(sampling: Sampling, logits: Float[Array, "B V"], keys: Key) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token of each row, and its log-probability.
 
     By inversion in two stages, the first of which picks a block of the vocabulary: two uniform numbers a row instead of

@@ -6,7 +6,7 @@ the same temperature and filters. Only the states of the response are unembedded
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -45,11 +45,11 @@ def response_logprobs(
         chunk: positions to unembed at a time, see ``ops.logprobs``; None for as many as ``LOGITS_AT_A_TIME`` allows.
         dropout_key: switches dropout on.
     """
-    hidden, _, _ = _apply(model, params, rollout.tokens, rollout.context, dropout_key, method="hidden")
+    hidden, _, _ = _apply(model, params, rollout.tokens, rollout.context, dropout_key=dropout_key, method="hidden")
     before = _response_slots(rollout) - 1
     logprobs, entropies = token_logprobs(
         jnp.take_along_axis(hidden, before[:, :, None], axis=1),
-        functools.partial(model.apply, {"params": params}, method="unembed"),
+        lambda states: _apply(model, params, states, method="unembed"),
         jnp.take_along_axis(rollout.tokens, before + 1, axis=1),
         chunk=max(1, LOGITS_AT_A_TIME // model.vocab_size) if chunk is None else chunk,
         entropy=entropy,
@@ -63,7 +63,7 @@ def response_values(
     model: ScalarModel, params: PyTree, rollout: Rollout, *, dropout_key: Key | None = None
 ) -> Float[Array, "B N"]:
     """The value of the state before each response token (read at the token before it); 0 outside the response."""
-    values = _apply(model, params, rollout.tokens, rollout.context, dropout_key)
+    values = _apply(model, params, rollout.tokens, rollout.context, dropout_key=dropout_key)
     before = jnp.take_along_axis(values, _response_slots(rollout) - 1, axis=1)
     return jnp.where(rollout.response_mask, before, 0.0)
 
@@ -77,15 +77,15 @@ def sequence_scores(
     dropout_key: Key | None = None,
 ) -> Float[Array, "B"]:
     """One scalar for each right-padded sequence, read at its last token."""
-    values = _apply(model, params, tokens, Context.of_lengths(lengths, tokens.shape[1]), dropout_key)
+    values = _apply(model, params, tokens, Context.of_lengths(lengths, tokens.shape[1]), dropout_key=dropout_key)
     return jnp.take_along_axis(values, (lengths - 1)[:, None], axis=1)[:, 0]
 
 
-def _apply(model, params: PyTree, tokens: Int[Array, "B T"], context: Context, dropout_key: Key | None, **options):
+def _apply(model: Any, params: PyTree, *inputs: Any, method: str = "__call__", dropout_key: Key | None = None) -> Any:
     if dropout_key is None:
-        return model.apply({"params": params}, tokens, context, **options)
+        return model.apply({"params": params}, *inputs, method=method)
     rngs = {"dropout": dropout_key}
-    return model.apply({"params": params}, tokens, context, deterministic=False, rngs=rngs, **options)
+    return model.apply({"params": params}, *inputs, method=method, deterministic=False, rngs=rngs)
 
 
 def _response_slots(rollout: Rollout) -> Int[Array, "B N"]:

@@ -5,8 +5,10 @@ Which tokens are targets is the batch's affair (``TokenBatch.loss_mask``); packe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +62,14 @@ class LanguageModel:
     def loss(self, params: PyTree, batch: WeightedTokens, key: Key | None) -> tuple[Float[Array, ""], Metrics]:
         """The loss and its metrics, sums under the weights. ``key`` is for dropout; None switches that off."""
         tokens, context = batch.batch.tokens, batch.batch.context
-        deterministic = key is None or self.model.dropout == 0
-        rngs = {} if deterministic else {"dropout": key}
-        variables = {"params": params}
-        hidden, _, _ = self.model.apply(
-            variables, tokens, context, deterministic=deterministic, rngs=rngs, method="hidden"
-        )
+        apply = cast(Callable[..., Any], functools.partial(self.model.apply, {"params": params}))
+        dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
+        hidden, _, _ = apply(tokens, context, method="hidden", **dropout)
         # Each state predicts the token behind it; the last state meets the first token, whose weight is 0.
         targets, weights = jnp.roll(tokens, -1, axis=1), jnp.roll(batch.weights, -1, axis=1)
         logprobs, entropy = token_logprobs(
             hidden,
-            lambda x: self.model.apply(variables, x, method="unembed"),
+            functools.partial(apply, method="unembed"),
             targets,
             chunk=self.chunk,
             entropy=self.entropy,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ class SeparateCritic:
 
     def values(self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"]) -> Float[Array, "B N"]:
         """The critic's value of each state in ``value_mask``."""
-        return response_values(self.critic, params["critic"], rollout.replace(response_mask=value_mask))
+        return response_values(self.critic, params["critic"], replace(rollout, response_mask=value_mask))
 
     def evaluate(
         self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"], sampling: Sampling, chunk: int | None
@@ -78,13 +79,13 @@ class SharedCritic:
 
     def values(self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"]) -> Float[Array, "B N"]:
         """The critic's value of each state in ``value_mask``."""
-        return response_values(self.critic, params, rollout.replace(response_mask=value_mask))
+        return response_values(self.critic, params, replace(rollout, response_mask=value_mask))
 
     def evaluate(
         self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"], sampling: Sampling, chunk: int | None
     ) -> Evaluation:
         """What the losses need, from one forward pass of the trunk."""
-        apply = functools.partial(self.policy.apply, {"params": params["trunk"]})
+        apply = cast(Callable[..., Any], functools.partial(self.policy.apply, {"params": params["trunk"]}))
         hidden, _, _ = apply(rollout.tokens, rollout.context, method="hidden")
         slots = rollout.prompt_lengths[:, None] + jnp.arange(rollout.response_mask.shape[1])
         slots = jnp.minimum(slots, rollout.tokens.shape[1] - 1)

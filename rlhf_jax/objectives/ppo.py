@@ -7,7 +7,7 @@ minibatches and microbatches belong to the training loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import chex
@@ -225,7 +225,8 @@ class PPO:
         mask = experience.response_mask
         value_mask = experience.value_mask if self.value_slots == "rewarded" else mask
         value_mode = self.aggregation if self.value_aggregation is None else self.value_aggregation
-        return experience.replace(
+        return replace(
+            experience,
             weights=losses.aggregation_weights(mask, self.aggregation),
             value_weights=losses.aggregation_weights(value_mask, value_mode),
             token_weights=losses.aggregation_weights(mask, "token-mean"),

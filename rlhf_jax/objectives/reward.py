@@ -6,8 +6,10 @@ section 3.5, https://arxiv.org/abs/2203.02155): as separate examples they overfi
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +66,10 @@ class RewardModel:
     def scores(self, params: PyTree, batch: RankingBatch, key: Key | None = None) -> Float[Array, "B K"]:
         """One score per response, from one forward pass each. ``key`` is for dropout; None switches that off."""
         tokens, lengths = rearrange(batch.tokens, "B K T -> (B K) T"), rearrange(batch.lengths, "B K -> (B K)")
-        deterministic = key is None or self.model.trunk.dropout == 0
-        rngs = {} if deterministic else {"dropout": key}
-        context = Context.of_lengths(lengths, tokens.shape[1])
-        outputs = self.model.apply({"params": params}, tokens, context, deterministic=deterministic, rngs=rngs)
-        last = jnp.maximum(lengths - 1, 0)[:, None]
+        apply = cast(Callable[..., Any], functools.partial(self.model.apply, {"params": params}))
+        dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
+        outputs = apply(tokens, Context.of_lengths(lengths, tokens.shape[1]), **dropout)
+        last = jnp.full_like(lengths, tokens.shape[1] - 1)[:, None]
         scores = jnp.take_along_axis(outputs, last, axis=1)[:, 0]
         return rearrange(scores, "(B K) -> B K", K=batch.ranks.shape[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from rlhf_jax.data.pipelines import one_pass
 from rlhf_jax.evaluation import comparison, responses
@@ -146,7 +147,7 @@ class Evaluation:
         left = len(prompts.table.records)
         for batch in workspace.stoppable(one_pass(prompts.table.rows, min(self.batch, left))):
             real = int((batch.index >= 0).sum())
-            filled = batch.replace(lengths=np.maximum(batch.lengths, 1))
+            filled = dataclasses.replace(batch, lengths=np.maximum(batch.lengths, 1))
             key = workspace.key("evaluation", "answers")
             rollout = sample(model, policy.params, filled, self.sampling, key, **ids)
             logprobs, entropy = _scored(model, policy.params, rollout, self.sampling)
@@ -155,7 +156,7 @@ class Evaluation:
             if judge is not None:
                 assert isinstance(judge.model, ScalarModel)
                 scores = score_rollout(judge.model, judge.params, rollout)
-            scored = _Scored(rollout, logprobs, ref_logprobs, entropy, scores)
+            scored = _Scored(*jax.device_get((rollout, logprobs, ref_logprobs, entropy, scores)))
             parts.append(_first_rows(scored, real * self.sampling.samples_per_prompt))
         return self._measure(workspace, _joined(parts), prompts)
 
@@ -199,15 +200,15 @@ class _Scored:
     """A rollout and what two policies and a reward model make of it."""
 
     rollout: Rollout
-    logprobs: Float[Array, "B N"]
-    ref_logprobs: Float[Array, "B N"]
-    entropy: Float[Array, "B N"]
-    scores: Float[Array, " B"] | None
+    logprobs: Float[np.ndarray, "B N"]
+    ref_logprobs: Float[np.ndarray, "B N"]
+    entropy: Float[np.ndarray, "B N"]
+    scores: Float[np.ndarray, " B"] | None
 
 
 def _first_rows(scored: _Scored, count: int) -> _Scored:
-    """On the host, without the empty rows that fill up a last batch."""
-    return jax.tree.map(lambda x: x if np.ndim(x) == 0 else np.asarray(x)[:count], scored)
+    """Without the empty rows that fill up a last batch."""
+    return jax.tree.map(lambda x: x if np.ndim(x) == 0 else x[:count], scored)
 
 
 def _joined(parts: list[_Scored]) -> _Scored:

@@ -1,11 +1,12 @@
 """The loop of online reinforcement learning: sample, score, prepare, then epochs of minibatches; and again.
 
 It knows no algorithm: what an iteration is made of comes as functions in a ``Program``. All randomness derives from
-(key, iteration), and checkpoints lie between iterations, so an iteration that was interrupted is done again, not stored.
+(key, iteration), and checkpoints lie between iterations: one that was interrupted is done again, and never stored.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ class Program:
     """
 
     sample: Callable[[PyTree, PromptBatch, Key, Array], Rollout]
-    score: Callable[[Rollout], tuple[Float[Array, " B"], Mapping[str, float]]]
-    prepare: Callable[[PyTree, Rollout, Float[Array, " B"], PyTree], tuple[PyTree, Metrics]]
+    score: Callable[[Rollout], tuple[Float[np.ndarray, " B"], Mapping[str, float]]]
+    prepare: Callable[[PyTree, Rollout, Float[np.ndarray, " B"], PyTree], tuple[PyTree, Metrics]]
     batch: Callable[[PyTree, np.ndarray, Mapping[str, Batches]], Any]
     update: TrainStep
     control: Callable[[PyTree, Metrics], PyTree]
@@ -115,6 +116,7 @@ def reinforce(
             stream.set_state(snapshot.extra[name])
 
     def finish(row: Row, measure: bool) -> None:
+        found = functools.partial(evaluate, state) if measure and evaluate is not None else None
         journal.finish(
             iteration,
             row,
@@ -122,7 +124,7 @@ def reinforce(
                 {"state": state, "controller": controller},
                 {name: stream.get_state() for name, stream in streams.items()},
             ),
-            evaluate=(lambda: evaluate(state)) if measure and evaluate is not None else None,
+            evaluate=found,
             last=iteration == plan.iterations,
         )
 
@@ -183,14 +185,13 @@ def _named(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _check_scores(score: Float[Array, " B"], rollout: Rollout, iteration: int) -> None:
+def _check_scores(score: Float[np.ndarray, " B"], rollout: Rollout, iteration: int) -> None:
     """A score that is not a finite number never reaches the loss."""
-    found = np.asarray(score)
-    wrong = np.flatnonzero(~np.isfinite(found))
+    wrong = np.flatnonzero(~np.isfinite(score))
     if len(wrong):
         index = int(np.asarray(rollout.index)[wrong[0]])
         raise UserError(
-            f"{len(wrong)} of {len(found)} scores are not finite, the first is {found[wrong[0]]} for prompt {index}",
+            f"{len(wrong)} of {len(score)} scores are not finite, the first is {score[wrong[0]]} for prompt {index}",
             at=f"iteration {iteration}", expected="finite numbers", fix="look at the reward of that prompt's response",
             exit_code=DIVERGED,
         )  # fmt: skip
