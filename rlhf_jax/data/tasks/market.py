@@ -3,7 +3,7 @@
 Customers order one to three goods. The demonstrations come from clerks of mixed quality, so that a policy which
 imitates them is curt, forgets and miscounts; the reward is exact and says what a perfect reply is, so that how far
 reinforcement learning gets is a number. Everything is short and simple enough to be learned from nothing by a
-Transformer of half a million parameters within a minute on two CPU cores.
+Transformer of a quarter of a million parameters in about a minute on two CPU cores.
 """
 
 from __future__ import annotations
