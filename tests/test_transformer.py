@@ -284,6 +284,9 @@ class Count(nn.Module):
 
     ones: bool = False
 
+    def check(self, d_model):
+        pass
+
     def empty_cache(self, rows, slots, d_model, dtype):
         return {"count": jnp.zeros((rows,), dtype)}
 

@@ -1,7 +1,7 @@
 """Layers that move information between tokens.
 
-A mixer is a linen module ``mixer(x, shared, cache) -> (y, cache)`` with ``empty_cache``, which makes the state of one
-layer; attention is the only one here.
+A mixer is a linen module ``mixer(x, shared, cache) -> (y, cache)`` with two methods besides: ``empty_cache`` makes the
+state of one layer, ``check`` refuses a model width that it cannot serve. Attention is the only one here.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class Attention(nn.Module):
         if d_model % self.heads:
             raise ValueError(f"d_model {d_model} is not a multiple of {self.heads} heads; set head_dim")
         return d_model // self.heads
+
+    def check(self, d_model: int) -> None:
+        """Refuse a model width that that the heads do not divide."""
+        self.width(d_model)
 
     def empty_cache(self, rows: int, slots: int, d_model: int, dtype) -> PyTree:
         """Keys and values of one layer, [B, K, S, D]: the order in which decoding reads them."""

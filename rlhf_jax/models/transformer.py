@@ -117,7 +117,7 @@ class Transformer(nn.Module):
         if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise ValueError(f"unknown remat policy {self.remat!r}; expected None or one of {REMAT_POLICIES}")
         for block in self.pattern:
-            jax.eval_shape(lambda block=block: block.mixer.empty_cache(1, 1, self.d_model, self.dtype))
+            block.mixer.check(self.d_model)
         super().__post_init__()
 
     @property
