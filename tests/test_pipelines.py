@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.chat import PLAIN, ChatFormat
-from rlhf_jax.data.pipelines import one_pass, shuffled_batches
+from rlhf_jax.data.pipelines import MixedBatches, one_pass, shuffled_batches
 from rlhf_jax.data.tables import demonstration_table, prompt_table, ranking_table, text_table
 from rlhf_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from rlhf_jax.errors import UserError
@@ -214,3 +214,39 @@ def test_empty_tables_are_refused():
         shuffled_batches([], 2, seed=0)
     with pytest.raises(UserError, match="seed -1"):
         shuffled_batches([rows(2)], 2, seed=-1)
+
+
+def test_mixed_batches_keep_their_shares_and_resume_exactly():
+    def make():
+        pairs, rankings = ranking_rows(8, 2), ranking_rows(5, 4)
+        streams = [shuffled_batches([pairs], 2, seed=1), shuffled_batches([rankings], 2, seed=2)]
+        return MixedBatches(streams, [3.0, 1.0])
+
+    whole = make()
+    batches, states = [], []
+    for _ in range(12):
+        states.append(json.loads(json.dumps(whole.get_state())))
+        batches.append(next(whole))
+    widths = [batch.ranks.shape[1] for batch in batches]
+    assert widths.count(2) == 9 and widths.count(4) == 3  # nothing is padded to the larger K
+    assert [sum(w == 2 for w in widths[: n + 1]) for n in range(4)] == [1, 1, 2, 3]
+    for position in range(12):
+        again = make()
+        again.set_state(states[position])
+        for expected in batches[position:]:
+            np.testing.assert_array_equal(next(again).tokens, expected.tokens)
+
+
+def test_mixed_batches_refuse_wrong_weights_and_another_number_of_streams():
+    stream = shuffled_batches([ranking_rows(4, 2)], 2, seed=0)
+    with pytest.raises(UserError, match="one positive number for each"):
+        MixedBatches([stream], [1.0, 2.0])
+    with pytest.raises(UserError, match="2 streams then, 1 now"):
+        MixedBatches([stream], [1.0]).set_state({"taken": [0, 0], "streams": [{}, {}]})
+
+
+def ranking_rows(prompts: int, responses: int) -> RankingBatch:
+    """Rankings whose tokens tell them apart."""
+    tokens = np.arange(prompts * responses * 3, dtype=np.int32).reshape(prompts, responses, 3)
+    ranks = np.tile(np.arange(responses, dtype=np.int32), (prompts, 1))
+    return RankingBatch(tokens, np.full((prompts, responses), 3, np.int32), ranks)

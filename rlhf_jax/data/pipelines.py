@@ -80,6 +80,44 @@ def shuffled_batches(
     return BatchIterator(batches, identity)
 
 
+class MixedBatches(Generic[Batch]):
+    """Whole batches from several streams in turn, so that tables of different shapes need no common padding.
+
+    The next batch comes from the stream that is furthest behind its share: no randomness, and after ``n`` batches no
+    stream is more than one batch away from its share of them.
+    """
+
+    def __init__(self, streams: Sequence[BatchIterator[Batch]], weights: Sequence[float]):
+        _check_weights(weights, len(streams))
+        self._streams = list(streams)
+        self._shares = [float(weight) / float(sum(weights)) for weight in weights]
+        self._taken = [0] * len(streams)
+
+    def __iter__(self) -> MixedBatches[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        total = sum(self._taken) + 1
+        behind = [share * total - taken for share, taken in zip(self._shares, self._taken, strict=True)]
+        chosen = behind.index(max(behind))
+        self._taken[chosen] += 1
+        return next(self._streams[chosen])
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able: how many batches came from each stream, and where these are."""
+        return {"taken": list(self._taken), "streams": [stream.get_state() for stream in self._streams]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, which must come from the same streams."""
+        if len(state["streams"]) != len(self._streams):
+            raise UserError(f"{len(state['streams'])} streams then, {len(self._streams)} now", at="data",
+                            expected="the streams that the saved position belongs to",
+                            fix="restore them, or start a new run", exit_code=BAD_DATA)  # fmt: skip
+        self._taken = list(state["taken"])
+        for stream, own in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(own)
+
+
 def one_pass(table: Batch, batch_size: int) -> Iterator[Batch]:
     """Every row once, in order; the last batch is filled up with empty rows.
 
@@ -168,6 +206,11 @@ def _check(tables: Sequence[Any], batch_size: int, weights: Sequence[float] | No
         raise UserError(f"seed {seed}", at="batches", expected="0 or a positive integer", fix="correct it")
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}", at="batches", expected="at least 1", fix="raise it")
-    if weights is not None and (len(weights) != len(tables) or not all(0 < w < float("inf") for w in weights)):
-        raise UserError(f"weights {list(weights)} for {len(tables)} tables", at="batches",
-                        expected="one positive number for each table", fix="correct the weights")  # fmt: skip
+    if weights is not None:
+        _check_weights(weights, len(tables))
+
+
+def _check_weights(weights: Sequence[float], parts: int) -> None:
+    if len(weights) != parts or not all(0 < weight < float("inf") for weight in weights):
+        raise UserError(f"weights {list(weights)} for {parts} parts of a mixture", at="batches",
+                        expected="one positive number for each", fix="correct the weights")  # fmt: skip

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data.packing import one_per_row
-from rlhf_jax.data.pipelines import one_pass, shuffled_batches
+from rlhf_jax.data.pipelines import MixedBatches, one_pass, shuffled_batches
 from rlhf_jax.data.tables import ranking_table
 from rlhf_jax.evaluation.preferences import pair_accuracy_by_prompt, score_rankings
 from rlhf_jax.models import ScalarModel, init_params
@@ -23,6 +23,7 @@ from rlhf_jax.stages.language import check_length, check_weights
 from rlhf_jax.stages.settings import Source, Training, gather_records
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
+from rlhf_jax.training.loop import Batches
 from rlhf_jax.types import PyTree, RankingBatch
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class TrainReward:
     Args:
         train: steps or epochs, batch (of prompts), length (of prompt and response), optimizer.
         data: rankings (pairs are rankings with K = 2).
-        weights: shares of the sources.
+        weights: shares of the sources in the number of batches; a batch is of one source. None goes by their sizes.
         heldout: rankings to evaluate on.
         init: the language model that the trunk starts from.
         centre: demonstrations whose mean score becomes 0, as in InstructGPT; empty leaves the scores alone.
@@ -71,9 +72,7 @@ class TrainReward:
 
     def run(self, workspace: Workspace) -> None:
         tables = [self._table(workspace, (source,)) for source in self.data]
-        batches = shuffled_batches(
-            tables, self.train.batch, workspace.data_seed(self.name, "order"), weights=self.weights
-        )
+        batches = self._batches(workspace, tables)
         base = workspace.output(self.init, f"stages.{self.name}.init")
         model = ScalarModel(base.trunk.clone(parent=None), head_init="reward")
         fresh = init_params(model, workspace.key(self.name, "init"))
@@ -99,6 +98,15 @@ class TrainReward:
             loss=objective.loss, with_weights=objective.with_weights,
             evaluate=None if heldout is None else evaluate, finish=finish,
         )  # fmt: skip
+
+    def _batches(self, workspace: Workspace, tables: list[RankingBatch]) -> Batches:
+        """Each batch is of one source, so that pairs are not padded to the K of longer rankings."""
+        streams = [
+            shuffled_batches([table], self.train.batch, workspace.data_seed(self.name, f"order {i}"))
+            for i, table in enumerate(tables)
+        ]
+        weights = [len(table.tokens) for table in tables] if self.weights is None else self.weights
+        return streams[0] if len(streams) == 1 else MixedBatches(streams, weights)
 
     def _table(self, workspace: Workspace, sources: tuple[Source, ...]) -> RankingBatch:
         return ranking_rows(workspace, sources, self.train.length, self.too_long, self.name)
