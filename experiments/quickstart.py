@@ -41,14 +41,20 @@ def config() -> Experiment:
         stages=(
             Pretrain(
                 train=Training(
-                    steps=500, batch=32, length=96, optimizer=Optimizer(2e-3, schedule="cosine", warmup_steps=30, **adam)
+                    steps=500,
+                    batch=32,
+                    length=96,
+                    optimizer=Optimizer(2e-3, schedule="cosine", warmup_steps=30, **adam),
                 ),
                 data=(texts,),
                 heldout=(heldout_texts,),
             ),
             FineTune(
                 train=Training(
-                    steps=150, batch=32, length=96, optimizer=Optimizer(1e-3, schedule="cosine", warmup_steps=10, **adam)
+                    steps=150,
+                    batch=32,
+                    length=96,
+                    optimizer=Optimizer(1e-3, schedule="cosine", warmup_steps=10, **adam),
                 ),
                 data=(demonstrations,),
                 heldout=(TaskDemonstrations(task, 200, seed=11),),

@@ -229,7 +229,7 @@ def test_mixed_batches_keep_their_shares_and_resume_exactly():
         batches.append(next(whole))
     widths = [batch.ranks.shape[1] for batch in batches]
     assert widths.count(2) == 9 and widths.count(4) == 3  # nothing is padded to the larger K
-    assert [sum(w == 2 for w in widths[: n + 1]) for n in range(4)] == [1, 1, 2, 3]
+    assert [sum(w == 2 for w in widths[: n + 1]) for n in range(4)] == [1, 2, 2, 3]
     for position in range(12):
         again = make()
         again.set_state(states[position])

@@ -98,10 +98,13 @@ class Evaluation:
                     found = held_out(output.model, output.params, batches, workspace.tokenizer.decode).estimates()
                     numbers[stage] |= summarise({f"text_{name}": number for name, number in found.items()})
         if self.rankings:
-            table = ranking_rows(workspace, self.rankings, self.ranking_length, self.too_long, "evaluation")
+            tables = [
+                ranking_rows(workspace, (source,), self.ranking_length, self.too_long, "evaluation")
+                for source in self.rankings
+            ]
             for stage, output in outputs.items():
                 if isinstance(output.model, ScalarModel):
-                    found = ranking_accuracy(workspace, output.model, output.params, table, self.batch)
+                    found = ranking_accuracy(workspace, output.model, output.params, tables, self.batch)
                     numbers[stage] |= summarise({"pair_accuracy": found})
         samples = self._policies(workspace, outputs, numbers) if self.prompts else []
         return {"evaluation": {stage: found for stage, found in numbers.items() if found}, "samples": samples}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 from rlhf_jax.data.packing import one_per_row
 from rlhf_jax.data.pipelines import MixedBatches, one_pass, shuffled_batches
 from rlhf_jax.data.tables import ranking_table
+from rlhf_jax.evaluation.estimates import Estimate
 from rlhf_jax.evaluation.preferences import pair_accuracy_by_prompt, score_rankings
 from rlhf_jax.models import ScalarModel, init_params
 from rlhf_jax.objectives.reward import RewardModel, normalise_scores
@@ -77,10 +79,9 @@ class TrainReward:
         model = ScalarModel(base.trunk.clone(parent=None), head_init="reward")
         fresh = init_params(model, workspace.key(self.name, "init"))
         objective = RewardModel(model, normalise=self.normalise, centre_coef=self.centre_coef, name=self.name)
-        heldout = self._table(workspace, self.heldout) if self.heldout else None
+        heldout = [self._table(workspace, (source,)) for source in self.heldout]
 
         def evaluate(params: PyTree) -> Mapping[str, Any]:
-            assert heldout is not None
             found = ranking_accuracy(workspace, model, params, heldout, self.train.batch)
             return {f"{self.name}/heldout_accuracy": found.value}
 
@@ -96,7 +97,7 @@ class TrainReward:
             workspace, self.name, self.train, model, {**fresh, "trunk": base.trunk_params}, batches,
             self.train.total_steps(sum(len(table.tokens) for table in tables)),
             loss=objective.loss, with_weights=objective.with_weights,
-            evaluate=None if heldout is None else evaluate, finish=finish,
+            evaluate=evaluate if heldout else None, finish=finish,
         )  # fmt: skip
 
     def _batches(self, workspace: Workspace, tables: list[RankingBatch]) -> Batches:
@@ -123,11 +124,13 @@ def ranking_rows(workspace: Workspace, sources: tuple[Source, ...], length: int,
     return workspace.once(("rankings", sources, length, too_long), make)
 
 
-def ranking_accuracy(workspace: Workspace, model: ScalarModel, params: PyTree, rows: RankingBatch, batch: int):
+def ranking_accuracy(
+    workspace: Workspace, model: ScalarModel, params: PyTree, tables: Sequence[RankingBatch], batch: int
+) -> Estimate:
     """Share of held-out pairs that the model orders as people did, with an interval over prompts."""
     scores, ranks = score_rankings(
         lambda tokens, lengths: np.asarray(score_sequences(model, params, tokens, lengths)),
-        workspace.stoppable(one_pass(rows, batch)),
+        workspace.stoppable(itertools.chain.from_iterable(one_pass(table, batch) for table in tables)),
     )
     return pair_accuracy_by_prompt(scores, ranks)
 
