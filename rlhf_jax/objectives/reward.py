@@ -69,7 +69,7 @@ class RewardModel:
         apply = cast(Callable[..., Any], functools.partial(self.model.apply, {"params": params}))
         dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
         outputs = apply(tokens, Context.of_lengths(lengths, tokens.shape[1]), **dropout)
-        last = jnp.full_like(lengths, tokens.shape[1] - 1)[:, None]
+        last = jnp.maximum(lengths - 1, 0)[:, None]
         scores = jnp.take_along_axis(outputs, last, axis=1)[:, 0]
         return rearrange(scores, "(B K) -> B K", K=batch.ranks.shape[1])
 
