@@ -1,0 +1,304 @@
+"""Imported models against forward passes in plain numpy, and against transformers where it is installed.
+
+The second needs an interpreter with torch and transformers, named by the variable RLHF_JAX_PEERS_PYTHON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rlhf_jax.errors import BAD_DATA, MISSING_INPUT, REFUSED, UserError
+from rlhf_jax.models.folder import load_folder
+from rlhf_jax.models.huggingface import import_folder
+from rlhf_jax.types import Context
+
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 13, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 12,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "vocab_size": 13, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 10, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 12, "rope_theta": 100.0, "tie_word_embeddings": False,
+}  # fmt: skip
+TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
+
+
+def gpt2_shapes():
+    width = GPT2["n_embd"]
+    shapes = {"wte.weight": (13, width), "wpe.weight": (12, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    for layer in range(2):
+        for name, shape in {
+            "ln_1": (width,), "ln_2": (width,), "attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
+            "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width),
+        }.items():  # fmt: skip
+            shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[-1:]}
+    return shapes
+
+
+def llama_shapes(biases=False):
+    shapes = {"model.embed_tokens.weight": (13, 8), "model.norm.weight": (8,), "lm_head.weight": (13, 8)}
+    for layer in range(2):
+        matrices = {
+            "self_attn.q_proj": (24, 8), "self_attn.k_proj": (12, 8), "self_attn.v_proj": (12, 8),
+            "self_attn.o_proj": (8, 24), "mlp.gate_proj": (10, 8), "mlp.up_proj": (10, 8), "mlp.down_proj": (8, 10),
+        }  # fmt: skip
+        at = f"model.layers.{layer}."
+        shapes |= {f"{at}{name}.weight": shape for name, shape in matrices.items()}
+        shapes |= {f"{at}{name}.weight": (8,) for name in ("input_layernorm", "post_attention_layernorm")}
+        if biases:
+            shapes |= {f"{at}{name}.bias": shape[:1] for name, shape in matrices.items()}
+    return shapes
+
+
+def draw(shapes, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {
+        name: ((name.endswith(("norm.weight", "ln_1.weight"))) + 0.4 * rng.standard_normal(shape)).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def write(folder, settings, tensors):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def softmax_attention(q, k, v):
+    """[T, D] of one head, causal."""
+    out = np.zeros_like(v)
+    for t in range(len(q)):
+        weights = np.exp(k[: t + 1] @ q[t] / np.sqrt(q.shape[1]))
+        out[t] = weights @ v[: t + 1] / weights.sum()
+    return out
+
+
+def gpt2_in_numpy(w, tokens):
+    def norm(x, name):
+        scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][tokens] + w["wpe.weight"][: len(tokens)]
+    for layer in range(2):
+        at = f"h.{layer}."
+        qkv = np.split(dense(norm(x, at + "ln_1"), at + "attn.c_attn"), 3, axis=-1)
+        heads = [softmax_attention(*(part[:, 4 * h : 4 * h + 4] for part in qkv)) for h in range(2)]
+        x = x + dense(np.concatenate(heads, -1), at + "attn.c_proj")
+        h = dense(norm(x, at + "ln_2"), at + "mlp.c_fc")
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + dense(h, at + "mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def llama_in_numpy(w, tokens):
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w[f"model.{name}.weight"]
+
+    def dense(x, name):
+        return x @ w[f"model.{name}.weight"].T + w.get(f"model.{name}.bias", 0.0)
+
+    def rotate(x):
+        angles = np.arange(len(x))[:, None] * 100.0 ** (-np.arange(3) / 3)
+        one, two = x[:, :3], x[:, 3:]
+        return np.concatenate(
+            (one * np.cos(angles) - two * np.sin(angles), two * np.cos(angles) + one * np.sin(angles)), 1
+        )
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for layer in range(2):
+        at = f"layers.{layer}."
+        h = norm(x, at + "input_layernorm")
+        q, k, v = (dense(h, f"{at}self_attn.{name}_proj").reshape(len(h), -1, 6) for name in "qkv")
+        heads = [softmax_attention(rotate(q[:, i]), rotate(k[:, i // 2]), v[:, i // 2]) for i in range(4)]
+        x = x + dense(np.concatenate(heads, -1), at + "self_attn.o_proj")
+        h = norm(x, at + "post_attention_layernorm")
+        gate = dense(h, at + "mlp.gate_proj")
+        x = x + dense(gate / (1 + np.exp(-gate)) * dense(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+    return norm(x, "norm") @ w["lm_head.weight"].T
+
+
+def logits_of(model, params, tokens):
+    tokens = jnp.atleast_2d(tokens)
+    context = Context.of_lengths(jnp.full(len(tokens), tokens.shape[1]), tokens.shape[1])
+    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, tokens, context)[0])(params))
+
+
+def test_gpt2_equals_numpy(tmp_path):
+    weights = draw(gpt2_shapes())
+    stored = {f"transformer.{name}": leaf for name, leaf in weights.items()}
+    stored["transformer.h.0.attn.bias"] = np.ones((1, 1, 12, 12), np.float32)  # a buffer of old checkpoints
+    stored["lm_head.weight"] = weights["wte.weight"]
+    model, params = import_folder(write(tmp_path, GPT2, stored))
+    np.testing.assert_allclose(logits_of(model, params, TOKENS)[0], gpt2_in_numpy(weights, TOKENS), atol=1e-4)
+
+
+def test_gpt2_without_prefix_in_bfloat16(tmp_path):
+    weights = draw(gpt2_shapes(), ml_dtypes.bfloat16)
+    model, params = import_folder(write(tmp_path, GPT2, weights))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    exact = {name: leaf.astype(np.float32) for name, leaf in weights.items()}
+    np.testing.assert_allclose(logits_of(model, params, TOKENS)[0], gpt2_in_numpy(exact, TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_llama_equals_numpy(tmp_path, biases):
+    weights = draw(llama_shapes(biases))
+    settings = LLAMA | {"attention_bias": biases, "mlp_bias": biases}
+    model, params = import_folder(write(tmp_path, settings, weights))
+    np.testing.assert_allclose(logits_of(model, params, TOKENS)[0], llama_in_numpy(weights, TOKENS), atol=1e-4)
+
+
+def test_shards_give_the_same_model(tmp_path):
+    weights = draw(llama_shapes())
+    _, whole = import_folder(write(tmp_path / "whole", LLAMA, weights))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    names = sorted(weights)
+    index = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(names)}
+    for shard in set(index.values()):
+        save_file({name: weights[name] for name in names if index[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    _, sharded = import_folder(folder)
+    jax.tree.map(np.testing.assert_array_equal, whole, sharded)
+
+
+def test_written_folder_reads_back(tmp_path):
+    source, target = write(tmp_path / "source", LLAMA, draw(llama_shapes())), tmp_path / "target"
+    model, params = import_folder(source, target)
+    again, same = load_folder(target)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    with pytest.raises(UserError, match="model.json is missing"):
+        load_folder(source)
+    (target / "model.json").write_text((target / "model.json").read_text().replace('"d_model": 8', '"d_model": 16'))
+    with pytest.raises(UserError, match="not those of the model"):
+        load_folder(target)
+
+
+def spoil(folder, change):
+    """Apply one change to a good folder."""
+    settings, weights = dict(LLAMA), draw(llama_shapes())
+    change(folder, settings, weights)
+    write(folder, settings, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "code"),
+    [
+        (lambda f, s, w: s.update(auto_map={"AutoModel": "x.Y"}), "run code of its own", REFUSED),
+        (lambda f, s, w: s.update(model_type="bert"), "model_type is 'bert'", 2),
+        (lambda f, s, w: s.update(rope_scaling={"rope_type": "llama3", "factor": 8}), "rope scaling 'llama3'", 2),
+        (lambda f, s, w: s.update(rope_parameters={"rope_type": "yarn"}), "rope scaling 'yarn'", 2),
+        (lambda f, s, w: s.update(hidden_act="tanh"), "hidden_act is 'tanh'", 2),
+        (lambda f, s, w: s.pop("hidden_size"), "hidden_size is None; expected a positive integer", BAD_DATA),
+        (lambda f, s, w: s.update(num_attention_heads=3), "3 query heads are not a multiple of 2", None),
+        (lambda f, s, w: w.pop("model.norm.weight"), "'model.norm.weight' is missing", BAD_DATA),
+        (lambda f, s, w: s.update(intermediate_size=11), r"has shape \(10, 8\); expected \(11, 8\)", BAD_DATA),
+        (lambda f, s, w: w.update(extra=np.ones(1)), "1 tensors have no place.*'extra'", BAD_DATA),
+    ],
+)
+def test_refusals(tmp_path, change, message, code):
+    spoil(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        import_folder(tmp_path)
+    assert getattr(caught.value, "exit_code", None) == code
+
+
+def test_pickles_are_refused_with_advice(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match=r"pickle, which can execute code.*save_pretrained") as caught:
+        import_folder(tmp_path)
+    assert caught.value.exit_code == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "code"),
+    [
+        ({}, "config.json is missing", MISSING_INPUT),
+        ({"config.json": "{"}, "not JSON", BAD_DATA),
+        ({"config.json": json.dumps(LLAMA)}, "no .*safetensors file", MISSING_INPUT),
+        ({"config.json": json.dumps(LLAMA), "model.safetensors": "hello"}, "not a safetensors file", BAD_DATA),
+        (
+            {
+                "config.json": json.dumps(LLAMA),
+                "model.safetensors.index.json": json.dumps({"weight_map": {"a": "../a.safetensors"}}),
+            },
+            "names the file '../a.safetensors'",
+            REFUSED,
+        ),
+        (
+            {
+                "config.json": json.dumps(LLAMA),
+                "model.safetensors.index.json": json.dumps({"weight_map": {"a": "a.safetensors"}}),
+            },
+            "shard 'a.safetensors' is missing",
+            MISSING_INPUT,
+        ),
+    ],
+)
+def test_broken_folders(tmp_path, files, message, code):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        import_folder(tmp_path)
+    assert caught.value.exit_code == code
+
+
+PEER = """
+import sys, numpy as np, torch, transformers as t
+folder, tokens = sys.argv[1], torch.from_numpy(np.load(sys.argv[1] + "/tokens.npy"))
+size = dict(vocab_size=61, initializer_range=0.3)
+gpt2 = dict(n_embd=32, n_layer=3, n_head=4, n_positions=24, **size)
+llama = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+             max_position_embeddings=24, **size)
+models = {
+    "gpt2": t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
+    "gpt2-exact-gelu": t.GPT2LMHeadModel(t.GPT2Config(activation_function="gelu", n_inner=40, **gpt2)),
+    "llama": t.LlamaForCausalLM(t.LlamaConfig(**llama)),
+    "llama-tied-biased": t.LlamaForCausalLM(t.LlamaConfig(
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **llama)),
+}
+for name, model in models.items():
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.eval().save_pretrained(f"{folder}/{name}", max_shard_size="20KB")
+    with torch.no_grad():
+        np.save(f"{folder}/{name}.npy", model(tokens).logits.numpy())
+"""
+PEERS = os.environ.get("RLHF_JAX_PEERS_PYTHON")
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """Tiny random checkpoints of transformers with its logits."""
+    if not PEERS:
+        pytest.skip("RLHF_JAX_PEERS_PYTHON names no interpreter with torch and transformers")
+    folder = tmp_path_factory.mktemp("peers")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 61, (2, 20)))
+    subprocess.run([PEERS, "-c", PEER, str(folder)], check=True, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-exact-gelu", "llama", "llama-tied-biased"])
+def test_logits_equal_those_of_transformers(peers, name):
+    model, params = import_folder(peers / name)
+    expected = np.load(peers / f"{name}.npy")
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(logits_of(model, params, np.load(peers / "tokens.npy")), expected, atol=1e-4, rtol=1e-4)
