@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from rlhf_jax import config
 from rlhf_jax.errors import BAD_DATA, IO, LOCKED, MISSING_INPUT, UserError
 from rlhf_jax.runs import compare, files, plots, statistics
 from rlhf_jax.runs.read import Number, Series, final_numbers, read_run, read_series
-from rlhf_jax.runs.report import render, write_report
+from rlhf_jax.runs.report import evaluation_table, render, write_report
 from rlhf_jax.runs.rundir import default_directory, is_done, open_run, read_config
 from rlhf_jax.runs.sweep import run_sweep
 
@@ -275,6 +276,8 @@ def test_the_picture_has_a_panel_for_each_step_of_the_path(runs):
     assert shown == [panel.title for panel in plots.PANELS]
     gold = plots.panel_series(plots.PANELS[3], {f"ppo/{n}": s for n, s in run.stages["ppo"].metrics.items()})
     assert list(gold) == ["ppo/ppo/gold", "ppo/ppo/score"]
+    odd = dataclasses.replace(run, stages={"odd": dataclasses.replace(run.stages["sft"], name="odd")})
+    assert [axis.get_title("left") for axis in plots.run_curves(odd).axes if axis.get_visible()] == ["odd"]
 
 
 def test_the_report_is_one_page_that_executes_nothing(runs):
@@ -284,6 +287,14 @@ def test_the_report_is_one_page_that_executes_nothing(runs):
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;the sea" in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
     assert "0.81 [0.75, 0.86]" in page and page.count("data:image/png;base64,") == 5
+
+
+def test_the_evaluation_is_a_table_of_measures_by_stages(runs):
+    run = read_run(runs[0])
+    final = {"evaluation.sft.kl": Number(0.0), "evaluation.ppo.kl": Number(2.0), "evaluation.ppo.gold": Number(1.0)}
+    table = evaluation_table(dataclasses.replace(run, final={**final, "cost": Number(3.0)}))
+    assert table.columns == ("", "", "sft", "ppo")
+    assert table.rows == (("kl", "", "0", "2"), ("gold", "", "", "1"), ("cost", "3", "", ""))
 
 
 def test_a_run_that_has_just_begun_can_be_reported(tmp_path):

@@ -77,7 +77,8 @@ def numbers_text(metrics: Mapping[str, Any]) -> str:
     """``loss 1.234  12,345 tokens/s``: the numbers that people watch, of those that the row has."""
     words = []
     for word, endings in _SHOWN:
-        value = next((value for name, value in metrics.items() if name.endswith(endings)), None)
+        values = (value for name, value in metrics.items() if name.endswith(endings) and not name.startswith("ptx/"))
+        value = next(values, None)
         if isinstance(value, int | float):
             words.append(f"{value:,.0f} {word}" if word == "tokens/s" else f"{word} {value:.4g}")
     return "  ".join(words)

@@ -26,6 +26,7 @@ _GRID = "#E4E7EB"
 _TEXT = "#333A42"
 _STEPS = (1, 2, 2.5, 5, 10)
 _SMOOTHED_FROM = 40  # rows; shorter series are drawn as they are
+_DOTS_BELOW = 3
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Panel:
 
 
 PANELS = (
-    Panel("Pretraining", "loss (nats per token)", (r"^pretrain.*\bloss$",)),
-    Panel("Supervised fine-tuning", "loss (nats per token)", (r"^(sft|supervised).*\bloss$",)),
-    Panel("Reward model", "pair accuracy", (r"^(reward|rm)\w*/.*accuracy$",)),
-    Panel("PPO: reward", "reward of a response", (r"^ppo.*gold\w*$", r"^ppo.*\bscore$", r"^ppo.*\breward$"), 2),
-    Panel("PPO: distance", "KL to the reference (nats)", (r"^ppo.*kl/sequence$", r"^ppo.*kl/k[13]$"), 1),
-    Panel("PPO: length", "response length (tokens)", (r"^ppo.*response_length$",), 1),
+    Panel("Pretraining", "loss (nats per token)", (r"^pretrain.*/loss$", r"^pretrain.*/heldout_loss$")),
+    Panel("Supervised fine-tuning", "loss (nats per token)", (r"^(sft|fine).*/loss$", r"^(sft|fine).*/heldout_loss$")),
+    Panel("Reward model", "pair accuracy", (r"^(reward|rm).*/accuracy$", r"^(reward|rm).*/heldout_accuracy$")),
+    Panel("PPO: reward", "reward of a response", (r"/ppo/gold\w*$", r"/ppo/score$", r"/ppo/reward$"), 2),
+    Panel("PPO: distance", "KL to the reference (nats)", (r"/kl/sequence$", r"/kl/k[13]$"), 1),
+    Panel("PPO: length", "response length (tokens)", (r"/ppo/response_length$",), 1),
 )
 
 
@@ -52,6 +53,11 @@ def run_curves(run: Run) -> Figure:
     """The picture of a whole run: one panel for each step of the path that the run has."""
     series = {f"{stage.name}/{name}": s for stage in run.stages.values() for name, s in stage.metrics.items()}
     chosen = [(panel, panel_series(panel, series)) for panel in PANELS]
+    seen = {name.split("/")[0] for _, found in chosen for name in found}
+    for stage in run.stages:  # one that is none of the usual four has a loss at least
+        if stage not in seen:
+            panel = Panel(stage, "loss", (rf"^{re.escape(stage)}/.*\bloss$",))
+            chosen.append((panel, panel_series(panel, series)))
     shown = [(panel, found) for panel, found in chosen if found]
     figure, axes = _figure(max(1, len(shown)), width=4.0, height=2.9)
     for axis, (panel, found) in zip(axes, shown, strict=False):
@@ -91,9 +97,10 @@ def compared_metric(name: str, groups: Mapping[str, Band]) -> Figure:
 
 
 def draw_series(axis: Axes, series: Series, color: str, label: str) -> None:
-    """Long series as a smoothed line over the raw one, short ones with a dot at each row."""
+    """Long series as a smoothed line over the raw one, short ones with dots; two or three rows are no curve."""
     if len(series.steps) < _SMOOTHED_FROM:
-        axis.plot(series.steps, series.values, color=color, linewidth=1.6, marker="o", markersize=3, label=label)
+        style = {"linewidth": 1.6} if len(series.steps) > _DOTS_BELOW else {"linewidth": 0.8, "linestyle": ":"}
+        axis.plot(series.steps, series.values, color=color, marker="o", markersize=3.5, label=label, **style)
         return
     axis.plot(series.steps, series.values, color=color, linewidth=0.8, alpha=0.28)
     axis.plot(series.steps, smooth(series.values), color=color, linewidth=1.8, label=label)
@@ -111,9 +118,8 @@ def _mean_of_finite(values: np.ndarray) -> float:
 
 
 def short_name(name: str) -> str:
-    """``ppo/ppo/score`` -> ``score``; a part such as held_out stays."""
-    parts = name.split("/")
-    return "/".join(parts[-2:] if len(parts) > 3 else parts[-1:]).replace("_", " ")
+    """``ppo/ppo/score`` -> ``score``."""
+    return name.rpartition("/")[2].replace("_", " ")
 
 
 def png(figure: Figure) -> bytes:

@@ -23,8 +23,8 @@ MOST_SAMPLES = 24
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Sample texts as a table: the columns that the records have, then their rows."""
+class TextTable:
+    """A table of texts with its title."""
 
     title: str
     columns: tuple[str, ...]
@@ -53,12 +53,27 @@ def render(run: Run) -> str:
         run=run,
         fingerprint=config.fingerprint(run.config),
         curves=plots.data_uri(plots.run_curves(run)),
-        final=[(name, number_text(number)) for name, number in run.final.items()],
+        evaluation=evaluation_table(run),
         stages=[(stage, _stage_numbers(stage), _stage_curves(stage)) for stage in run.stages.values()],
         samples=sample_tables(run),
         facts=_facts(run.environment),
         config_text=json.dumps(run.config, indent=1, ensure_ascii=False),
     )
+
+
+def evaluation_table(run: Run) -> TextTable:
+    """Final numbers as measures by stages; what belongs to no stage stands in a column of its own."""
+    cells: dict[tuple[str, str], str] = {}
+    for name, number in run.final.items():
+        if name == "seed":
+            continue
+        stage, _, measure = name.removeprefix("evaluation.").partition(".")
+        known = stage in run.stages and measure != ""
+        cells[(measure, stage) if known else (name, "")] = number_text(number)
+    measures = dict.fromkeys(measure for measure, _ in cells)
+    stages = [stage for stage in ["", *run.stages] if any(stage == column for _, column in cells)]
+    rows = tuple((measure, *(cells.get((measure, stage), "") for stage in stages)) for measure in measures)
+    return TextTable("Final evaluation", ("", *stages), rows)
 
 
 def _stage_curves(stage: StageRecord) -> str | None:
@@ -74,7 +89,7 @@ def _is_shown(number: Number) -> bool:
     return not math.isnan(number.value)
 
 
-def sample_tables(run: Run) -> list[Samples]:
+def sample_tables(run: Run) -> list[TextTable]:
     """Sample texts of the run's summary and of each stage, the last ones where there are many."""
     found = []
     whole = run.summary.get("samples")
@@ -85,11 +100,11 @@ def sample_tables(run: Run) -> list[Samples]:
     return [table for table in found if table.rows]
 
 
-def _table(title: str, records: Sequence[Mapping[str, Any]]) -> Samples:
+def _table(title: str, records: Sequence[Mapping[str, Any]]) -> TextTable:
     records = records[-MOST_SAMPLES:]
     columns = tuple(dict.fromkeys(str(name) for record in records for name in record))
     rows = tuple(tuple(_cell(record.get(name)) for name in columns) for record in records)
-    return Samples(title, columns, rows)
+    return TextTable(title, columns, rows)
 
 
 def _cell(value: Any) -> str:
