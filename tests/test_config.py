@@ -135,6 +135,7 @@ def test_elements_are_reached_by_index_or_name():
     [
         ("train.steps", "1.5", ["train.steps", "'1.5'", "an integer"]),
         ("train.steps", "1.5e0", ["an integer"]),
+        ("train.steps", "2.0", ["an integer"]),
         ("train.lr", "abc", ["train.lr", "'abc'", "a number"]),
         ("train.lr", "nan", ["a finite number"]),
         ("train.lr", "1e999", ["a finite number"]),
@@ -257,6 +258,16 @@ def test_integer_keys_paths_and_own_classes_survive():
     assert config.revive(config.describe(value)) == value
 
 
+def test_no_module_from_elsewhere_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "trap.py").write_text("import dataclasses\n@dataclasses.dataclass\nclass Trap:\n    x: int = 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for tag in ("class", "function", "enum"):
+        with pytest.raises(UserError, match="refusing to load 'trap'") as caught:
+            config.revive({tag: "trap:Trap"})
+        assert caught.value.exit_code == REFUSED
+    assert "trap" not in sys.modules
+
+
 def test_only_own_classes_are_revived(tmp_path):
     marker = tmp_path / "ran"
     hostile = [
@@ -298,7 +309,8 @@ def test_fingerprint_is_of_the_content():
     other = config.describe(dataclasses.replace(BASE, seed=1))
     assert config.fingerprint(described) != config.fingerprint(other)
     assert config.fingerprint(described, without=("seed",)) == config.fingerprint(other, without=("seed",))
-    assert config.describe(Train(lr=1)) == config.describe(Train(lr=1.0))
+    one, same = config.describe(Train(lr=1)), config.describe(Train(lr=1.0))
+    assert config.fingerprint(one) == config.fingerprint(same)
 
 
 def test_diff_lists_the_leaves_that_changed():
@@ -343,6 +355,7 @@ def test_a_file_is_loaded_with_classes_of_its_own(tmp_path):
     [
         ("x = 1\n", ["exp.py", "no config()"]),
         ("def config():\n    return 1 / 0\n", ["exp.py:2", "ZeroDivisionError"]),
+        ("def inner():\n    return [][0]\ndef config():\n    return inner()\n", ["exp.py:2", "IndexError"]),
         ("import nowhere_to_be_found\n", ["exp.py:1", "ModuleNotFoundError"]),
         ("def config(:\n", ["exp.py:1", "SyntaxError"]),
         ("def config():\n    return int('x' * 3)\n", ["exp.py:2", "ValueError"]),
