@@ -7,6 +7,7 @@ Asks: does a policy that PPO trains on a learned reward serve customers better t
 Hardware: two CPU cores.
 """
 
+from rlhf_jax.data.chat import ChatFormat
 from rlhf_jax.data.tasks.base import TaskDemonstrations, TaskPrompts, TaskRankings, TaskTexts
 from rlhf_jax.data.tasks.market import Market
 from rlhf_jax.experiment import Experiment
@@ -24,72 +25,66 @@ from rlhf_jax.training.optimizer import Optimizer
 
 def config() -> Experiment:
     task = Market()
-    texts, demonstrations = TaskTexts(task, 20_000), TaskDemonstrations(task, 4_000)
+    texts, demonstrations = TaskTexts(task, 20_000), TaskDemonstrations(task, 8_000)
     heldout_texts = TaskTexts(task, 200, seed=10)
     model = Transformer(
         vocab_size=512,
-        d_model=128,
+        d_model=96,
         pattern=(Block(Attention(heads=4), SwiGLU(256)),),
-        repeats=3,
-        max_length=128,
+        repeats=2,
+        max_length=96,
+        init_std=0.1,  # larger than usual: so small a model learns to copy an order much sooner
     )
-    adam = {"b2": 0.95, "weight_decay": 0.01}
+
+    def training(rate: float, batch: int, length: int, **duration) -> Training:
+        optimizer = Optimizer(rate, schedule="cosine", warmup_fraction=0.1, b2=0.98)
+        return Training(batch=batch, length=length, optimizer=optimizer, **duration)
+
     return Experiment(
         name="quickstart",
         tokenizer=TrainedBPE(512, (TaskTexts(task, 2_000), TaskDemonstrations(task, 1_000))),
+        chat=ChatFormat("Customer: ", "\n", "Clerk: ", "\n"),
         model=model,
         stages=(
             Pretrain(
-                train=Training(
-                    steps=500,
-                    batch=32,
-                    length=96,
-                    optimizer=Optimizer(2e-3, schedule="cosine", warmup_steps=30, **adam),
-                ),
+                train=training(6e-3, batch=32, length=64, steps=450),
                 data=(texts,),
                 heldout=(heldout_texts,),
             ),
             FineTune(
-                train=Training(
-                    steps=150,
-                    batch=32,
-                    length=96,
-                    optimizer=Optimizer(1e-3, schedule="cosine", warmup_steps=10, **adam),
-                ),
+                train=training(2e-3, batch=24, length=96, steps=200),
                 data=(demonstrations,),
                 heldout=(TaskDemonstrations(task, 200, seed=11),),
             ),
             TrainReward(
-                train=Training(
-                    epochs=1, batch=16, length=96, optimizer=Optimizer(5e-4, schedule="cosine", warmup_steps=10, **adam)
-                ),
-                data=(TaskRankings(task, 2_500, responses_per_prompt=5),),
-                heldout=(TaskRankings(task, 100, responses_per_prompt=5, seed=12),),
+                train=training(2e-3, batch=16, length=96, epochs=1),
+                data=(TaskRankings(task, 5_000),),
+                heldout=(TaskRankings(task, 100, seed=12),),
                 centre=(TaskDemonstrations(task, 200),),
             ),
             Reinforce(
                 prompts=(TaskPrompts(task, 2_000),),
-                prompt_length=32,
-                sampling=Sampling(max_new_tokens=48),
+                prompt_length=28,
+                sampling=Sampling(max_new_tokens=36),
                 ppo=PPO(kl=FixedKL(0.02), value_coef=0.5),
-                optimizer=Optimizer(3e-4, schedule="linear", warmup_steps=4, final_fraction=0.1, b2=0.95),
+                optimizer=Optimizer(1e-3, schedule="linear", warmup_steps=4, final_fraction=0.1, b2=0.98),
                 iterations=60,
                 prompts_per_iteration=64,
                 minibatch=32,
                 epochs=2,
-                ptx=Ptx(data=(texts,), length=96, coef=0.5, texts_per_episode=1),
+                ptx=Ptx(data=(texts,), length=64, coef=0.2, texts_per_episode=1),
                 ema_decay=0.95,
                 gold=task,
             ),
         ),
         evaluation=Evaluation(
             texts=(heldout_texts,),
-            text_length=96,
-            rankings=(TaskRankings(task, 200, responses_per_prompt=5, seed=12),),
+            text_length=64,
+            rankings=(TaskRankings(task, 300, seed=12),),
             ranking_length=96,
             prompts=(TaskPrompts(task, 256, split="heldout"),),
-            prompt_length=32,
-            sampling=Sampling(max_new_tokens=48),
+            prompt_length=28,
+            sampling=Sampling(max_new_tokens=36),
             gold=task,
             most_prompts=256,
             batch=64,

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Transformer, empty_cache
+from rlhf_jax.models import Transformer, empty_cache, split_rounds
 from rlhf_jax.ops.filters import filter_logits
 from rlhf_jax.types import Cache, Context, Key, PromptBatch, PyTree, Rollout
 
@@ -156,7 +156,7 @@ def _sample(
     stops: tuple[int, ...],
     pad_id: int,
 ) -> Rollout:
-    copies = sampling.samples_per_prompt
+    copies, params = sampling.samples_per_prompt, split_rounds(model, params)
     logits, cache = _prefill(model, params, prompts)
     logits = jnp.repeat(logits, copies, axis=0)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)

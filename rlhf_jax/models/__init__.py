@@ -6,7 +6,7 @@ from rlhf_jax.models.layers import LayerNorm, RMSNorm
 from rlhf_jax.models.mixers import Attention
 from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, count_params, init_params
 from rlhf_jax.models.positions import Learned, RoPE, Sinusoidal
-from rlhf_jax.models.transformer import Block, Transformer, empty_cache
+from rlhf_jax.models.transformer import Block, Transformer, empty_cache, split_rounds
 
 __all__ = [
     "MLP",
@@ -26,4 +26,5 @@ __all__ = [
     "count_params",
     "empty_cache",
     "init_params",
+    "split_rounds",
 ]

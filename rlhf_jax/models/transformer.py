@@ -228,16 +228,31 @@ class Transformer(nn.Module):
         A scan would slice and restack the cache at every step; separate buffers are updated in place inside a decode
         loop (measured: 2.5 times as fast).
         """
-        stacked, width = self.stack.variables["params"], len(self.pattern)
+        stack, width = self.stack.variables["params"], len(self.pattern)
+        rounds = stack if "0" in stack else _cut(stack, self.repeats)
         body = Pattern(**self._pattern(), parent=None)
         written, found = [], []
         for index in range(self.repeats):
-            params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+            params = rounds[str(index)]
             own = layers[index * width : (index + 1) * width]
             x, (own, aux) = body.apply({"params": params}, x, shared, own)
             written.extend(own)
             found.append(aux)
         return x, tuple(written), jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
+def split_rounds(model: Transformer, params: PyTree) -> PyTree:
+    """The same parameters with the stack cut into its rounds, for calls with a cache.
+
+    Inside a decode loop XLA slices (that is, copies) stacked parameters again at every step; cut before the loop, they
+    are read in place.
+    """
+    return {**params, "stack": _cut(params["stack"], model.repeats)}
+
+
+def _cut(stack: PyTree, repeats: int) -> dict[str, PyTree]:
+    """The parameters of each round of the pattern by its number."""
+    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(repeats)}
 
 
 def empty_cache(model: Transformer, batch: int, slots: int) -> Cache:
