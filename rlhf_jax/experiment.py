@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from rlhf_jax import config
 from rlhf_jax.data.chat import ChatFormat
 from rlhf_jax.errors import Preempted, UserError
-from rlhf_jax.models import Transformer
+from rlhf_jax.models import Transformer, abstract_params
 from rlhf_jax.runs.files import write_json
 from rlhf_jax.runs.rundir import RunDirectory, open_run, read_config
 from rlhf_jax.stages.evaluation import Evaluation
@@ -21,6 +23,7 @@ from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.stages.settings import Chat, TokenizerSpec
 from rlhf_jax.stages.workspace import Monitor, Stage, Workspace
 from rlhf_jax.training.metrics import Sink, TensorBoard, WeightsAndBiases
+from rlhf_jax.training.signals import StopRequested
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,12 @@ class Experiment:
             if sink not in ("tensorboard", "wandb"):
                 raise UserError(f"{sink!r}", at="Experiment.sinks", expected="'tensorboard' or 'wandb'",
                                 fix="correct it")  # fmt: skip
+        _check_model(self.model)  # pyright: ignore[reportArgumentType]
+        kinds = {stage.name: type(stage) for stage in self.stages}
+        for stage in self.stages:
+            if isinstance(stage, Reinforce):
+                _check_kind(kinds, f"stages.{stage.name}.policy", stage.policy, "a language model")
+                _check_kind(kinds, f"stages.{stage.name}.reward", stage.reward, "a reward model")
 
     def workspace(self, folder: Path, monitor: Monitor | None = None) -> Workspace:
         """The experiment as its stages see it."""
@@ -100,9 +109,10 @@ def run(
             stage.check(workspace)
     if experiment.evaluation is not None:
         experiment.evaluation.check(workspace)
-    with open_run(
-        run_dir, config.describe(experiment), source=source, overrides=overrides, resume=resume
-    ) as directory, workspace.stop:
+    with (
+        open_run(run_dir, config.describe(experiment), source=source, overrides=overrides, resume=resume) as directory,
+        _stoppable(workspace),
+    ):
         workspace.tokenizer.save(run_dir)
         for number, stage in enumerate(chosen, start=1):
             if workspace.is_finished(stage.name):
@@ -122,7 +132,7 @@ def evaluate(run_dir: Path, announce: Callable[[str], None] = log.info) -> dict[
     if experiment.evaluation is None:
         raise UserError("the experiment has no evaluation", at=str(run_dir), expected="an Evaluation in its config()",
                         fix="add one and run it in another directory")  # fmt: skip
-    with open_run(run_dir, config.describe(experiment), resume=True) as directory, workspace.stop:
+    with open_run(run_dir, config.describe(experiment), resume=True) as directory, _stoppable(workspace):
         return _conclude(experiment, workspace, directory, announce)
 
 
@@ -133,6 +143,37 @@ def read_experiment(run_dir: Path) -> Experiment:
         raise UserError(f"holds a {type(experiment).__name__}", at=str(run_dir), expected="an Experiment",
                         fix="name a run directory")  # fmt: skip
     return experiment
+
+
+@contextlib.contextmanager
+def _stoppable(workspace: Workspace) -> Iterator[None]:
+    """Signals ask the run to stop, wherever it is."""
+    with workspace.stop:
+        try:
+            yield
+        except StopRequested:
+            # Between a stage's last step and its output, or in the evaluation: what was begun is done again.
+            raise Preempted("stopped behind the last step of a stage; everything is saved") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _check_model(model: Transformer) -> None:
+    """Find what makes a model impossible, such as an odd width of heads that are rotated, from shapes alone."""
+    try:
+        abstract_params(model)
+    except ValueError as fault:
+        raise UserError(f"no such model can be built ({fault})", at="Experiment.model",
+                        fix="change its fields") from fault  # fmt: skip
+
+
+def _check_kind(kinds: Mapping[str, type[AnyStage]], at: str, reference: Any, wanted: str) -> None:
+    """A stage of this experiment that is named somewhere trains what is wanted there."""
+    if not isinstance(reference, str) or reference not in kinds:
+        return
+    found = "a reward model" if kinds[reference] is TrainReward else "a language model"
+    if found != wanted:
+        raise UserError(f"stage {reference!r} trains {found}", at=at, expected=wanted,
+                        fix="name the stage that trains one")  # fmt: skip
 
 
 def _conclude(

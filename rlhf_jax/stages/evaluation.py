@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Float
 
 from rlhf_jax.data.pipelines import one_pass
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import comparison, responses
 from rlhf_jax.evaluation.estimates import Estimate, summarise
 from rlhf_jax.evaluation.language import held_out
@@ -34,7 +35,7 @@ from rlhf_jax.stages.responses import (
 from rlhf_jax.stages.reward import ranking_accuracy, ranking_rows
 from rlhf_jax.stages.settings import Source
 from rlhf_jax.stages.workspace import Workspace
-from rlhf_jax.types import PyTree, Rollout
+from rlhf_jax.types import PyTree, RankingBatch, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,19 @@ class Evaluation:
 
     def check(self, workspace: Workspace) -> None:
         """Find mistakes before anything is trained."""
-        for source in (*self.texts, *self.rankings):
-            source.records()
+        if self.texts:
+            check_length(workspace, self.text_length, "evaluation")
+            text_rows(workspace, self.texts, self.text_length, "evaluation")
+        if self.rankings:
+            check_length(workspace, self.ranking_length, "evaluation")
+            self._rankings(workspace)
         if self.prompts:
+            if self.baseline not in workspace.stage_names:
+                raise UserError(f"there is no stage {self.baseline!r}", at="evaluation.baseline",
+                                expected=f"one of {', '.join(workspace.stage_names)}",
+                                fix="name the stage that policies are compared with")  # fmt: skip
             check_length(workspace, self.prompt_length + self.sampling.max_new_tokens, "evaluation")
-            read_prompts(workspace, self.prompts, self.prompt_length, self.too_long, self.most_prompts)
+            self._prompts(workspace)
 
     def run(self, workspace: Workspace) -> dict[str, Any]:
         """Numbers of every finished stage by name, and a few answers side by side. JSON-able."""
@@ -98,16 +107,25 @@ class Evaluation:
                     found = held_out(output.model, output.params, batches, workspace.tokenizer.decode).estimates()
                     numbers[stage] |= summarise({f"text_{name}": number for name, number in found.items()})
         if self.rankings:
-            tables = [
-                ranking_rows(workspace, (source,), self.ranking_length, self.too_long, "evaluation")
-                for source in self.rankings
-            ]
+            tables = self._rankings(workspace)
             for stage, output in outputs.items():
                 if isinstance(output.model, ScalarModel):
                     found = ranking_accuracy(workspace, output.model, output.params, tables, self.batch)
                     numbers[stage] |= summarise({"pair_accuracy": found})
         samples = self._policies(workspace, outputs, numbers) if self.prompts else []
         return {"evaluation": {stage: found for stage, found in numbers.items() if found}, "samples": samples}
+
+    def _rankings(self, workspace: Workspace) -> list[RankingBatch]:
+        """One table for each source, since these may differ in K."""
+        return [
+            ranking_rows(workspace, (source,), self.ranking_length, self.too_long, "evaluation")
+            for source in self.rankings
+        ]
+
+    def _prompts(self, workspace: Workspace) -> Prompts:
+        return read_prompts(
+            workspace, self.prompts, self.prompt_length, self.too_long, "evaluation", self.most_prompts
+        )
 
     def _policies(
         self, workspace: Workspace, outputs: dict[str, Output], numbers: dict[str, Numbers]
@@ -142,7 +160,7 @@ class Evaluation:
         self, workspace: Workspace, policy: Output, reference: Output, judge: Output | None
     ) -> Answers:
         """Sample from one policy; every policy draws with the same keys."""
-        prompts = read_prompts(workspace, self.prompts, self.prompt_length, self.too_long, self.most_prompts)
+        prompts = self._prompts(workspace)
         ids = {"eos_id": workspace.tokenizer.eos_id, "pad_id": workspace.tokenizer.pad_id}
         parts: list[_Scored] = []
         model = policy.model

@@ -15,7 +15,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.language import held_out
 from rlhf_jax.models import init_params
 from rlhf_jax.objectives.language import LanguageModel
-from rlhf_jax.stages.settings import Source, Training, gather_records
+from rlhf_jax.stages.outputs import check_same_architecture
+from rlhf_jax.stages.settings import Source, Training, gather_records, naming
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.types import PyTree, TokenBatch
@@ -108,8 +109,8 @@ class FineTune:
         tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
         rows = sum(len(table.tokens) for table in tables[: len(self.data)])
         self.train.check(rows, f"stages.{self.name}.train")
-        for source in self.pretraining:
-            source.records()
+        if self.pretraining:
+            text_rows(workspace, self.pretraining, self.train.length, self.name)
 
     def run(self, workspace: Workspace) -> None:
         tables = [self._table(workspace, (source,)) for source in self.data]
@@ -125,10 +126,11 @@ class FineTune:
 
     def _table(self, workspace: Workspace, sources: tuple[Source, ...]) -> TokenBatch:
         def make() -> TokenBatch:
-            packed = demonstration_table(
-                gather_records(sources), workspace.tokenizer, workspace.chat, self.train.length,
-                loss_on=self.loss_on, too_long=self.too_long,
-            )  # fmt: skip
+            with naming(sources, self.name):
+                packed = demonstration_table(
+                    gather_records(sources), workspace.tokenizer, workspace.chat, self.train.length,
+                    loss_on=self.loss_on, too_long=self.too_long,
+                )  # fmt: skip
             return logged(packed, self.name)
 
         return workspace.once((sources, self.train.length, self.loss_on, self.too_long), make)
@@ -146,7 +148,9 @@ def _train(
     if stage.init is None:
         params = init_params(model, workspace.key(stage.name, "init"))
     else:
-        params = workspace.output(stage.init, f"stages.{stage.name}.init").trunk_params
+        start = workspace.output(stage.init, f"stages.{stage.name}.init")
+        check_same_architecture(start.trunk, model, stage.init)
+        params = start.trunk_params
     objective = LanguageModel(model, name=stage.name, mean=mean)
     train_supervised(
         workspace, stage.name, stage.train, model, params, batches, stage.train.total_steps(rows),
@@ -172,7 +176,8 @@ def text_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, na
     """Texts as full rows of tokens."""
 
     def make() -> TokenBatch:
-        return logged(text_table(gather_records(sources), workspace.tokenizer, length), name)
+        with naming(sources, name):
+            return logged(text_table(gather_records(sources), workspace.tokenizer, length), name)
 
     return workspace.once((sources, length), make)
 

@@ -17,12 +17,16 @@ import jax
 from rlhf_jax import config
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import MISSING_INPUT, UserError
+from rlhf_jax.errors import BAD_DATA, MISSING_INPUT, UserError
 from rlhf_jax.models import ScalarModel, Transformer, abstract_params
+from rlhf_jax.runs.files import write_json
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.types import PyTree
 
 MODEL_FILE = "model.json"
+FREE = {"dropout", "dtype", "param_dtype", "remat", "implementation", "init_std", "scale_residual_init", "std",
+        "max_length"}  # fmt: skip
+"""Fields that one saved model may have other values of in the next stage: parameters that fit mean the same."""
 Model = Transformer | ScalarModel
 
 
@@ -49,10 +53,7 @@ def save_output(folder: Path, output: Output) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "params", output.params)
     output.tokenizer.save(folder)
-    described = {"model": config.describe(output.model), "notes": output.notes}
-    draft = folder / f".{MODEL_FILE}.tmp"
-    draft.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    draft.replace(folder / MODEL_FILE)
+    write_json(folder / MODEL_FILE, {"model": config.describe(output.model), "notes": output.notes})
 
 
 def is_output(folder: Path) -> bool:
@@ -67,9 +68,10 @@ def load_output(folder: Path) -> Output:
     try:
         described = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
         model, notes = config.revive(described["model"]), described["notes"]
-    except (json.JSONDecodeError, KeyError, TypeError) as fault:
+    except (KeyError, TypeError, ValueError) as fault:
         raise UserError(f"damaged ({type(fault).__name__}: {fault})", at=str(folder / MODEL_FILE),
-                        expected="a description of a model", fix="run the stage again") from fault  # fmt: skip
+                        expected="a description of a model", fix="run the stage again",
+                        exit_code=BAD_DATA) from fault  # fmt: skip
     params = load_params(folder / "params", abstract_params(model))
     return Output(model, params, tokenizers.load(folder), notes)
 
@@ -85,13 +87,18 @@ def check_same_tokenizer(output: Output, tokenizer: Tokenizer, at: str) -> None:
 
 
 def check_same_architecture(found: Transformer, wanted: Transformer, at: str) -> None:
-    """Parameters of one architecture do not fit another; the differences are named by their path."""
+    """Parameters of one architecture do not fit another; the differences are named by their path.
+
+    Also what has no parameters counts, such as the number of heads or the base of the rotation.
+    """
     ours, theirs = (jax.tree_util.tree_flatten_with_path(abstract_params(model))[0] for model in (wanted, found))
     shapes = [{jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves} for leaves in (ours, theirs)]
-    if shapes[0] == shapes[1]:
-        return
+    rows = [row for row in config.diff(found, wanted) if not FREE & set(row[0].split("."))]
     names = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
-    listed = "; ".join(f"{name}: saved {shapes[1].get(name)}, wanted {shapes[0].get(name)}" for name in names[:6])
-    more = f"; and {len(names) - 6} more" if len(names) > 6 else ""
+    rows += [(name, shapes[1].get(name), shapes[0].get(name)) for name in names]
+    if not rows:
+        return
+    listed = "; ".join(f"{name}: saved {theirs}, wanted {ours}" for name, theirs, ours in rows[:6])
+    more = f"; and {len(rows) - 6} more" if len(rows) > 6 else ""
     raise UserError(f"a model of another architecture ({listed}{more})", at=at,
                     expected="the experiment's model", fix="change `model`, or take another checkpoint")  # fmt: skip

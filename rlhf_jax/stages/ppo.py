@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_jax.data.pipelines import shuffled_batches
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ScalarModel, init_params
+from rlhf_jax.models import ScalarModel, Transformer, init_params
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic, SharedCritic
 from rlhf_jax.objectives.ppo import PPO
@@ -134,18 +134,19 @@ class Reinforce:
 
     def check(self, workspace: Workspace) -> None:
         check_length(workspace, self.prompt_length + self.sampling.max_new_tokens, self.name)
-        workspace.check_reference(self.policy, f"stages.{self.name}.policy", self.name)
+        workspace.check_reference(self.policy, f"stages.{self.name}.policy", self.name, Transformer)
         if isinstance(self.reward, str):
-            workspace.check_reference(self.reward, f"stages.{self.name}.reward", self.name)
+            workspace.check_reference(self.reward, f"stages.{self.name}.reward", self.name, ScalarModel)
         check_schedule(self.optimizer, self.updates, f"stages.{self.name}.optimizer")
         self._prompts(workspace)
         if self.ptx is not None:
             check_length(workspace, self.ptx.length, self.name)
+            text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
 
     def run(self, workspace: Workspace) -> None:
         folder, at = workspace.stage_folder(self.name), f"stages.{self.name}"
-        reference = workspace.output(self.policy, f"{at}.policy")
-        scorer = workspace.output(self.reward, f"{at}.reward") if isinstance(self.reward, str) else None
+        reference = workspace.output(self.policy, f"{at}.policy", Transformer)
+        scorer = workspace.output(self.reward, f"{at}.reward", ScalarModel) if isinstance(self.reward, str) else None
         objective, params = self._objective(workspace, reference, scorer)
         optimizer = self.optimizer.build(self.updates)
         prompts = self._prompts(workspace)
@@ -184,7 +185,7 @@ class Reinforce:
         workspace.save(self.name, Output(workspace.model, policy, workspace.tokenizer, notes))
 
     def _prompts(self, workspace: Workspace) -> Prompts:
-        return read_prompts(workspace, self.prompts, self.prompt_length, self.too_long)
+        return read_prompts(workspace, self.prompts, self.prompt_length, self.too_long, self.name)
 
     def _objective(
         self, workspace: Workspace, reference: Output, scorer: Output | None

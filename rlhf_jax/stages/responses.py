@@ -17,7 +17,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import BAD_DATA, UserError
 from rlhf_jax.models import ScalarModel
 from rlhf_jax.scoring import sequence_scores
-from rlhf_jax.stages.settings import Source, gather_records
+from rlhf_jax.stages.settings import Source, gather_records, naming
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.types import PyTree, Rollout
 
@@ -52,13 +52,14 @@ class Prompts:
 
 
 def read_prompts(
-    workspace: Workspace, sources: tuple[Source, ...], length: int, too_long, most: int | None = None
+    workspace: Workspace, sources: tuple[Source, ...], length: int, too_long, name: str, most: int | None = None
 ) -> Prompts:
     """Prompts as one table of at most ``most`` rows."""
 
     def make() -> Prompts:
         records = gather_records(sources)[:most]
-        return Prompts(prompt_table(records, workspace.tokenizer, workspace.chat, length, too_long=too_long))
+        with naming(sources, name):
+            return Prompts(prompt_table(records, workspace.tokenizer, workspace.chat, length, too_long=too_long))
 
     return workspace.once(("prompts", sources, length, too_long, most), make)
 

@@ -22,11 +22,11 @@ from rlhf_jax.models import ScalarModel, init_params
 from rlhf_jax.objectives.reward import RewardModel, normalise_scores
 from rlhf_jax.scoring import sequence_scores
 from rlhf_jax.stages.language import check_length, check_weights
-from rlhf_jax.stages.settings import Source, Training, gather_records
+from rlhf_jax.stages.settings import Source, Training, gather_records, naming
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.training.loop import Batches
-from rlhf_jax.types import PyTree, RankingBatch
+from rlhf_jax.types import PyTree, RankingBatch, TokenBatch
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class TrainReward:
         tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
         rows = sum(len(table.tokens) for table in tables[: len(self.data)])
         self.train.check(rows, f"stages.{self.name}.train")
-        for source in self.centre:
-            source.records()
+        if self.centre:
+            demonstration_rows(workspace, self.centre, self.train.length, self.name)
 
     def run(self, workspace: Workspace) -> None:
         tables = [self._table(workspace, (source,)) for source in self.data]
@@ -88,7 +88,7 @@ class TrainReward:
         def finish(params: PyTree) -> tuple[PyTree, dict[str, Any]]:
             if not self.centre:
                 return params, {}
-            scores = demonstration_scores(workspace, model, params, self.centre, self.train.length)
+            scores = demonstration_scores(workspace, model, params, self.centre, self.train.length, self.name)
             return normalise_scores(params, jnp.asarray(scores), mean=0.0, std=self.centre_std), {
                 "centred_on": {"demonstrations": len(scores), "mean": float(scores.mean()), "std": float(scores.std())}
             }
@@ -117,7 +117,10 @@ def ranking_rows(workspace: Workspace, sources: tuple[Source, ...], length: int,
     """Rankings as one table."""
 
     def make() -> RankingBatch:
-        table = ranking_table(gather_records(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long)
+        with naming(sources, name):
+            table = ranking_table(
+                gather_records(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long
+            )
         log.info("%s: rankings: %s", name, table.report.summary())
         return table.rows
 
@@ -136,17 +139,29 @@ def ranking_accuracy(
 
 
 def demonstration_scores(
-    workspace: Workspace, model: ScalarModel, params: PyTree, sources: tuple[Source, ...], length: int
+    workspace: Workspace, model: ScalarModel, params: PyTree, sources: tuple[Source, ...], length: int, name: str
 ) -> np.ndarray:
     """The model's score of every demonstration that fits into a row."""
-    chat, tokenizer = workspace.chat, workspace.tokenizer
-    documents = [chat.dialogue_tokens(tokenizer, record["messages"]) for record in gather_records(sources)]
-    rows = one_per_row(documents, length, tokenizer.pad_id, "drop").rows
+    rows = demonstration_rows(workspace, sources, length, name)
     found = [
         np.asarray(score_sequences(model, params, batch.tokens, np.sum(batch.segments > 0, axis=1)))
         for batch in workspace.stoppable(one_pass(rows, SCORED_AT_A_TIME))
     ]
     return np.concatenate(found)[: len(rows.tokens)]
+
+
+def demonstration_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, name: str) -> TokenBatch:
+    """Demonstrations that fit into a row, one in each."""
+
+    def make() -> TokenBatch:
+        chat, tokenizer = workspace.chat, workspace.tokenizer
+        with naming(sources, name):
+            documents = [chat.dialogue_tokens(tokenizer, record["messages"]) for record in gather_records(sources)]
+            packed = one_per_row(documents, length, tokenizer.pad_id, "drop")
+        log.info("%s: demonstrations: %s", name, packed.report.summary())
+        return packed.rows
+
+    return workspace.once(("one demonstration a row", sources, length), make)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,19 @@ def check_schedule(optimizer: Optimizer, steps: int, at: str) -> None:
         optimizer.shape(steps)
     except ValueError as fault:
         raise UserError(str(fault), at=at, fix="shorten the warm-up or train longer") from fault
+
+
+@contextlib.contextmanager
+def naming(sources: Sequence[Source], stage: str) -> Iterator[None]:
+    """Faults that tables find in the records, such as one that is too long, also name their source and the stage."""
+    try:
+        yield
+    except UserError as fault:
+        if fault.at != "data":
+            raise
+        places = ", ".join(str(getattr(source, "path", type(source).__name__)) for source in sources)
+        raise UserError(fault.what, at=f"{places} (for {stage}, records counted from 0)", expected=fault.expected,
+                        fix=fault.fix, exit_code=fault.exit_code) from fault  # fmt: skip
 
 
 def gather_records(sources: Sequence[Source]) -> list[dict[str, Any]]:
