@@ -99,8 +99,8 @@ def compared_metric(name: str, groups: Mapping[str, Band]) -> Figure:
 def draw_series(axis: Axes, series: Series, color: str, label: str) -> None:
     """Long series as a smoothed line over the raw one, short ones with dots; two or three rows are no curve."""
     if len(series.steps) < _SMOOTHED_FROM:
-        style = {"linewidth": 1.6} if len(series.steps) > _DOTS_BELOW else {"linewidth": 0.8, "linestyle": ":"}
-        axis.plot(series.steps, series.values, color=color, marker="o", markersize=3.5, label=label, **style)
+        width, line = (1.6, "-") if len(series.steps) > _DOTS_BELOW else (0.8, ":")
+        axis.plot(series.steps, series.values, line, color=color, linewidth=width, marker="o", ms=3.5, label=label)
         return
     axis.plot(series.steps, series.values, color=color, linewidth=0.8, alpha=0.28)
     axis.plot(series.steps, smooth(series.values), color=color, linewidth=1.8, label=label)
