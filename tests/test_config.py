@@ -177,6 +177,11 @@ def test_an_unknown_field_names_the_nearest_path(wrong, right):
     assert f"did you mean {right}" in str(caught.value)
 
 
+def test_nonsense_is_like_nothing():
+    with pytest.raises(UserError, match="rlhf-jax show FILE lists every path"):
+        config.override(BASE, {"xyzzy": "1"})
+
+
 def test_fields_that_only_fit_together_are_set_together():
     @dataclasses.dataclass(frozen=True)
     class Shape:

@@ -92,7 +92,7 @@ def _likeness(path: str, candidate: str) -> float:
     head, _, tail = path.rpartition(".")
     other_head, _, other_tail = candidate.rpartition(".")
     whole = difflib.SequenceMatcher(None, path, candidate).ratio()
-    heads = difflib.SequenceMatcher(None, head, other_head).ratio()
+    heads = difflib.SequenceMatcher(None, head, other_head).ratio() if head and other_head else 0.0
     tails = difflib.SequenceMatcher(None, tail, other_tail).ratio()
     if _abbreviates(tail, other_tail) or _abbreviates(other_tail, tail):
         tails = 0.95
