@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.layers import Shared, parameter
+from rlhf_jax.models.layers import Shared, parameter, product
 
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -46,15 +47,17 @@ class MLP(nn.Module):
     ) -> tuple[Float[Array, "B T E"], dict[str, Float[Array, ""]]]:
         style, d_model, parts = shared.style, x.shape[-1], 2 if self.gated else 1
         kernel = parameter(self, "in", (d_model, parts, self.width), ("embed", None, "mlp"), style.init_std, style)
-        hidden = x @ kernel.reshape(d_model, -1)
+        hidden = product(x, kernel)
         if self.bias:
             hidden = hidden + parameter(self, "in_bias", (parts, self.width), (None, "mlp"), 0.0, style).reshape(-1)
         activate = _ACTIVATIONS[self.activation]
         if self.gated:
-            hidden = activate(hidden[..., : self.width]) * hidden[..., self.width :]
+            gate, up = jnp.split(hidden, 2, axis=-1)
+            hidden = activate(gate) * up
         else:
             hidden = activate(hidden)
-        y = hidden @ parameter(self, "out", (self.width, d_model), ("mlp", "embed"), style.residual_std, style)
+        kernel = parameter(self, "out", (self.width, d_model), ("mlp", "embed"), style.residual_std, style)
+        y = product(hidden, kernel)
         return y + parameter(self, "out_bias", (d_model,), ("embed",), 0.0, style) if self.bias else y, {}
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.layers import RMSNorm, Shared, parameter
+from rlhf_jax.models.layers import RMSNorm, Shared, parameter, product
 from rlhf_jax.models.positions import RoPE
 from rlhf_jax.ops.attention import Mask, attention, check_implementation
 from rlhf_jax.types import PyTree
@@ -112,19 +112,19 @@ class Attention(nn.Module):
         shape = (self.groups, per_group + 2, width)
         axes = ("kv_heads", None, "head_dim")
         kernel = parameter(self, "qkv", (x.shape[-1], *shape), ("embed", *axes), style.init_std, style)
-        out = x @ kernel.reshape(x.shape[-1], -1)
+        out = product(x, kernel)
         if self.qkv_bias:
             out = out + parameter(self, "qkv_bias", shape, axes, 0.0, style).reshape(-1)
-        out = out.reshape(*x.shape[:2], *shape)
-        queries = out[..., :per_group, :].reshape(*x.shape[:2], self.heads, width)
-        return queries, out[..., per_group, :], out[..., per_group + 1, :]
+        parts = jnp.split(out.reshape(*x.shape[:2], *shape), (per_group, per_group + 1), axis=3)
+        counts = (self.heads, self.groups, self.groups)
+        return tuple(part.reshape(*x.shape[:2], n, width) for part, n in zip(parts, counts, strict=True))
 
     def _merge(self, mixed, d_model: int, shared: Shared):
         """Project the heads' outputs back into the residual stream."""
         style, (heads, width) = shared.style, mixed.shape[2:]
         axes = ("heads", "head_dim", "embed")
         kernel = parameter(self, "out", (heads, width, d_model), axes, style.residual_std, style)
-        y = mixed.reshape(*mixed.shape[:2], -1) @ kernel.reshape(-1, d_model)
+        y = product(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, d_model))
         return y + parameter(self, "out_bias", (d_model,), ("embed",), 0.0, style) if self.out_bias else y
 
 

@@ -97,7 +97,8 @@ def attention(
     logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask.dense()[:, None, None], logits, _HIDDEN)
+    # Added rather than selected: the sum with a finite number of this size is that number, and needs no residual.
+    logits = logits + jnp.where(mask.dense(), 0.0, _HIDDEN)[:, None, None]
     # A row without keys keeps a maximum far above its logits, so that all its weights are exactly 0.
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), _HIDDEN / 2))
     weights = jnp.exp(logits - top)
