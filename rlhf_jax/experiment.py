@@ -15,7 +15,7 @@ from rlhf_jax.data.chat import ChatFormat
 from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.models import Transformer, abstract_params
 from rlhf_jax.runs.files import write_json
-from rlhf_jax.runs.rundir import RunDirectory, open_run, read_config
+from rlhf_jax.runs.rundir import RunDirectory, check_reuse, open_run, read_config
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.language import FineTune, Pretrain
 from rlhf_jax.stages.ppo import Reinforce
@@ -102,7 +102,8 @@ def run(
         monitor: is told of each row of metrics.
         announce: is told which stage begins, in words.
     """
-    chosen = _chosen(experiment, only)
+    chosen, described = _chosen(experiment, only), config.describe(experiment)
+    check_reuse(run_dir, described, resume)  # before data is read, and again when the directory is ours
     workspace = experiment.workspace(run_dir, monitor)
     for stage in chosen:
         if not workspace.is_finished(stage.name):
@@ -110,7 +111,7 @@ def run(
     if experiment.evaluation is not None:
         experiment.evaluation.check(workspace)
     with (
-        open_run(run_dir, config.describe(experiment), source=source, overrides=overrides, resume=resume) as directory,
+        open_run(run_dir, described, source=source, overrides=overrides, resume=resume) as directory,
         _stoppable(workspace),
     ):
         workspace.tokenizer.save(run_dir)

@@ -100,7 +100,7 @@ def open_run(
         # Looked at before the lock, since that would leave a file in a folder that is none of ours.
         raise UserError("this folder has files and no run in it", at=str(directory), fix="take another --run-dir")
     with locked(directory) as died:
-        rows = _check_reuse(directory, description, resume, changeable)
+        rows = check_reuse(directory, description, resume, changeable)
         check_writable(directory)
         attempt = 1 + sum("pid" in row for row in read_rows(directory / ATTEMPTS_FILE))
         run = RunDirectory(directory, description, attempt)
@@ -123,8 +123,10 @@ def _is_empty(directory: Path) -> bool:
     return all(entry.name == LOCK_FILE for entry in directory.iterdir())
 
 
-def _check_reuse(directory: Path, description: Any, resume: bool, changeable: Sequence[str]) -> list[tuple]:
-    """The changes that a resumed run takes over; an error for those that it must not."""
+def check_reuse(
+    directory: Path, description: Any, resume: bool, changeable: Sequence[str] = CHANGEABLE
+) -> list[tuple]:
+    """The changes that a resumed run takes over; an error for those that it must not. Reads only."""
     if not (directory / CONFIG_FILE).is_file():
         return []  # new, or its first attempt died before it had begun
     if not resume:

@@ -16,7 +16,7 @@ from rlhf_jax.evaluation.language import held_out
 from rlhf_jax.models import init_params
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.stages.outputs import check_same_architecture
-from rlhf_jax.stages.settings import Source, Training, gather_records, naming
+from rlhf_jax.stages.settings import Source, Training, naming
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.types import PyTree, TokenBatch
@@ -128,7 +128,7 @@ class FineTune:
         def make() -> TokenBatch:
             with naming(sources, self.name):
                 packed = demonstration_table(
-                    gather_records(sources), workspace.tokenizer, workspace.chat, self.train.length,
+                    workspace.read(sources), workspace.tokenizer, workspace.chat, self.train.length,
                     loss_on=self.loss_on, too_long=self.too_long,
                 )  # fmt: skip
             return logged(packed, self.name)
@@ -177,7 +177,7 @@ def text_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, na
 
     def make() -> TokenBatch:
         with naming(sources, name):
-            return logged(text_table(gather_records(sources), workspace.tokenizer, length), name)
+            return logged(text_table(workspace.read(sources), workspace.tokenizer, length), name)
 
     return workspace.once((sources, length), make)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,9 +18,11 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import BAD_DATA, UserError
 from rlhf_jax.models import ScalarModel
 from rlhf_jax.scoring import sequence_scores
-from rlhf_jax.stages.settings import Source, gather_records, naming
+from rlhf_jax.stages.settings import Source, naming
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.types import PyTree, Rollout
+
+log = logging.getLogger(__name__)
 
 Messages = Sequence[dict[str, str]]
 
@@ -57,9 +60,11 @@ def read_prompts(
     """Prompts as one table of at most ``most`` rows."""
 
     def make() -> Prompts:
-        records = gather_records(sources)[:most]
+        records = workspace.read(sources)[:most]
         with naming(sources, name):
-            return Prompts(prompt_table(records, workspace.tokenizer, workspace.chat, length, too_long=too_long))
+            table = prompt_table(records, workspace.tokenizer, workspace.chat, length, too_long=too_long)
+        log.info("%s: prompts: %s", name, table.report.summary())
+        return Prompts(table)
 
     return workspace.once(("prompts", sources, length, too_long, most), make)
 

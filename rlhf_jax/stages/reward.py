@@ -22,7 +22,7 @@ from rlhf_jax.models import ScalarModel, init_params
 from rlhf_jax.objectives.reward import RewardModel, normalise_scores
 from rlhf_jax.scoring import sequence_scores
 from rlhf_jax.stages.language import check_length, check_weights
-from rlhf_jax.stages.settings import Source, Training, gather_records, naming
+from rlhf_jax.stages.settings import Source, Training, naming
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.training.loop import Batches
@@ -119,7 +119,7 @@ def ranking_rows(workspace: Workspace, sources: tuple[Source, ...], length: int,
     def make() -> RankingBatch:
         with naming(sources, name):
             table = ranking_table(
-                gather_records(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long
+                workspace.read(sources), workspace.tokenizer, workspace.chat, length, too_long=too_long
             )
         log.info("%s: rankings: %s", name, table.report.summary())
         return table.rows
@@ -156,7 +156,7 @@ def demonstration_rows(workspace: Workspace, sources: tuple[Source, ...], length
     def make() -> TokenBatch:
         chat, tokenizer = workspace.chat, workspace.tokenizer
         with naming(sources, name):
-            documents = [chat.dialogue_tokens(tokenizer, record["messages"]) for record in gather_records(sources)]
+            documents = [chat.dialogue_tokens(tokenizer, record["messages"]) for record in workspace.read(sources)]
             packed = one_per_row(documents, length, tokenizer.pad_id, "drop")
         log.info("%s: demonstrations: %s", name, packed.report.summary())
         return packed.rows

@@ -37,10 +37,14 @@ TokenizerSpec = ByteTokenizer | CharTokenizer | SavedTokenizer | TrainedBPE
 Chat = ChatFormat | TemplateFormat
 
 
-@lru_cache(maxsize=8)
 def build_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer itself; training is deterministic, so equal specifications give equal tokenizers."""
-    return spec.build() if isinstance(spec, TrainedBPE) else spec
+    return _trained(spec) if isinstance(spec, TrainedBPE) else spec
+
+
+@lru_cache(maxsize=8)
+def _trained(spec: TrainedBPE) -> Tokenizer:
+    return spec.build()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +115,16 @@ def naming(sources: Sequence[Source], stage: str) -> Iterator[None]:
     try:
         yield
     except UserError as fault:
-        if fault.at != "data":
+        if fault.at not in ("data", "packing"):
             raise
         places = ", ".join(str(getattr(source, "path", type(source).__name__)) for source in sources)
         raise UserError(fault.what, at=f"{places} (for {stage}, records counted from 0)", expected=fault.expected,
                         fix=fault.fix, exit_code=fault.exit_code) from fault  # fmt: skip
 
 
-def gather_records(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """All records of the sources, one source after the other."""
-    return [record for source in sources for record in source.records()]
-
-
 def _texts(sources: Sequence[Source]) -> Iterator[str]:
     """Everything that is written in the records, whatever their kind."""
-    for record in gather_records(sources):
+    for record in (record for source in sources for record in source.records()):
         if "text" in record:
             yield record["text"]
         yield from (message["content"] for message in record.get("messages", ()))

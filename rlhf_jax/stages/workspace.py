@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
+from rlhf_jax.data.readers import Records
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import MISSING_INPUT, UserError
 from rlhf_jax.models import ScalarModel, Transformer
@@ -24,7 +26,7 @@ from rlhf_jax.stages.outputs import (
     load_output,
     save_output,
 )
-from rlhf_jax.stages.settings import Chat, TokenizerSpec, build_tokenizer
+from rlhf_jax.stages.settings import Chat, Source, TokenizerSpec, build_tokenizer
 from rlhf_jax.training.metrics import Row, Sink
 from rlhf_jax.training.signals import StopSignal
 from rlhf_jax.types import Key
@@ -103,6 +105,16 @@ class Workspace:
             self._made[what] = make()
         return self._made[what]
 
+    def read(self, sources: Iterable[Source]) -> list[dict[str, Any]]:
+        """All records, one source after the other. What a source left out is told once."""
+        found: list[dict[str, Any]] = []
+        for source in sources:
+            records = source.records()
+            if isinstance(records, Records) and (records.skipped or records.dropped):
+                self.once(("left out", source), functools.partial(_tell, source, records))
+            found.extend(records)
+        return found
+
     def watch(self, stage: str, total: int) -> Callable[[Row], None] | None:
         """What a loop calls with every row."""
         if self.monitor is None:
@@ -172,6 +184,11 @@ class Workspace:
 
     def save(self, stage: str, output: Output) -> None:
         save_output(self.stage_folder(stage) / OUTPUT, output)
+
+
+def _tell(source: Source, records: Records) -> None:
+    first = f"; the first bad line: {records.skipped[0]}" if records.skipped else ""
+    log.warning("%s: %s%s", getattr(source, "path", source), records.summary(), first)
 
 
 class Monitor(Protocol):
