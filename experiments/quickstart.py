@@ -24,7 +24,7 @@ from rlhf_jax.training.optimizer import Optimizer
 
 
 def config() -> Experiment:
-    task = Market()
+    task = Market(largest_order=2)
     texts, demonstrations = TaskTexts(task, 20_000), TaskDemonstrations(task, 8_000)
     heldout_texts = TaskTexts(task, 200, seed=10)
     model = Transformer(
@@ -47,17 +47,17 @@ def config() -> Experiment:
         model=model,
         stages=(
             Pretrain(
-                train=training(6e-3, batch=32, length=64, steps=450),
+                train=training(6e-3, batch=32, length=64, steps=900),
                 data=(texts,),
                 heldout=(heldout_texts,),
             ),
             FineTune(
-                train=training(2e-3, batch=24, length=96, steps=200),
+                train=training(2e-3, batch=32, length=80, steps=250),
                 data=(demonstrations,),
                 heldout=(TaskDemonstrations(task, 200, seed=11),),
             ),
             TrainReward(
-                train=training(2e-3, batch=16, length=96, epochs=1),
+                train=training(2e-3, batch=16, length=80, epochs=1),
                 data=(TaskRankings(task, 5_000),),
                 heldout=(TaskRankings(task, 100, seed=12),),
                 centre=(TaskDemonstrations(task, 200),),
@@ -66,9 +66,9 @@ def config() -> Experiment:
                 prompts=(TaskPrompts(task, 2_000),),
                 prompt_length=28,
                 sampling=Sampling(max_new_tokens=36),
-                ppo=PPO(kl=FixedKL(0.02), value_coef=0.5),
-                optimizer=Optimizer(1e-3, schedule="linear", warmup_steps=4, final_fraction=0.1, b2=0.98),
-                iterations=60,
+                ppo=PPO(kl=FixedKL(0.2), value_coef=0.5),
+                optimizer=Optimizer(4e-4, schedule="linear", warmup_steps=4, final_fraction=0.1, b2=0.98),
+                iterations=30,
                 prompts_per_iteration=64,
                 minibatch=32,
                 epochs=2,
@@ -81,12 +81,11 @@ def config() -> Experiment:
             texts=(heldout_texts,),
             text_length=64,
             rankings=(TaskRankings(task, 300, seed=12),),
-            ranking_length=96,
-            prompts=(TaskPrompts(task, 256, split="heldout"),),
+            ranking_length=80,
+            prompts=(TaskPrompts(task, 200, split="heldout"),),
             prompt_length=28,
             sampling=Sampling(max_new_tokens=36),
             gold=task,
-            most_prompts=256,
             batch=64,
         ),
     )

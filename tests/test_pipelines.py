@@ -173,7 +173,7 @@ def test_mixture_shares():
 
     assert share(weights=[3.0, 1.0]) == pytest.approx(0.75, abs=0.01)
     assert share() == pytest.approx(3 / 53, abs=0.01)
-    with pytest.raises(UserError, match=r"weights \[1.0\] for 2 tables"):
+    with pytest.raises(UserError, match=r"weights \[1.0\] for 2 parts of a mixture"):
         share(weights=[1.0])
     with pytest.raises(UserError, match="one positive number for each"):
         share(weights=[1.0, 0.0])
