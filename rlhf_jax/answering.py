@@ -63,7 +63,7 @@ def answer(
     rows = prompt_table(records, workspace.tokenizer, workspace.chat, room).rows
     width = int(rows.lengths.max())
     rollout = sample(
-        policy.model, policy.params, rows.replace(tokens=np.asarray(rows.tokens)[:, :width]), sampling,
+        policy.model, policy.params, replace(rows, tokens=np.asarray(rows.tokens)[:, :width]), sampling,
         jax.random.key(seed), eos_id=workspace.tokenizer.eos_id, pad_id=workspace.tokenizer.pad_id,
     )  # fmt: skip
     texts = response_texts(rollout, workspace.tokenizer)

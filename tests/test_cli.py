@@ -68,7 +68,7 @@ def calls(monkeypatch):
     record("rlhf_jax.experiment", "evaluate", {"win_rate": {"value": 0.8, "low": 0.7, "high": 0.9}})
     record("rlhf_jax.overview", "show")
     record("rlhf_jax.answering", "answer", lambda _, prompts: [[f"answer to {prompt}"] for prompt in prompts])
-    record("rlhf_jax.models.huggingface", "import_folder")
+    record("rlhf_jax.stages.importing", "import_output")
     monkeypatch.setattr(report, "write_report", lambda directory: directory / "report.html")
     return recorded
 
@@ -130,7 +130,7 @@ def test_show_sweep_sample_and_eval_hand_on_their_words(file, calls, capsys):
     assert "0.8 [0.7, 0.9]" in capsys.readouterr().out
     calls.clear()
     assert program.main(["import", "gpt2", "here"]) == 0
-    assert calls == [("import_folder", (Path("gpt2"), Path("here")), {})]
+    assert calls == [("import_output", (Path("gpt2"), Path("here")), {"eos": None})]
 
 
 @pytest.mark.parametrize(

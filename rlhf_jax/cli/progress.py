@@ -34,7 +34,7 @@ class ProgressLine:
             disable=not self._console.is_terminal,
         )
         self._handler = RichHandler(console=self._console, show_path=False, show_time=False, markup=False)
-        self._level = logging.NOTSET
+        self._before = logging.NOTSET, True
         self._stage = ""
         self._began = self._said = (0, 0.0)  # (step, seconds)
 
@@ -42,14 +42,16 @@ class ProgressLine:
         self._progress.start()
         logger = logging.getLogger("rlhf_jax")
         logger.addHandler(self._handler)
-        self._level = logger.level
+        self._before = logger.level, logger.propagate
+        logger.propagate = False  # libraries put handlers of their own on the root logger
         logger.setLevel(logging.INFO)  # what tables of data hold, and what was cut or left out of them
         return self
 
     def __exit__(self, *exception: Any) -> None:
         logger = logging.getLogger("rlhf_jax")
         logger.removeHandler(self._handler)
-        logger.setLevel(self._level)
+        level, logger.propagate = self._before
+        logger.setLevel(level)
         self._progress.stop()
 
     def announce(self, text: str) -> None:

@@ -196,12 +196,16 @@ class Import:
     """Read a local Hugging Face folder (GPT-2 or Llama, safetensors) and save it as a model of this package."""
 
     source: Annotated[Positional[Path], arg(metavar="SRC", help="Folder with config.json and *.safetensors.")]
-    target: Annotated[Positional[Path], arg(metavar="DST", help="Folder to write.")]
+    target: Annotated[Positional[Path], arg(metavar="DST", help="Folder to write; a stage's init can name it.")]
+    eos: Annotated[str | None, arg(help="Token that ends a text, where the tokenizer's settings do not tell.")] = None
 
     def run(self) -> None:
-        from rlhf_jax.models.huggingface import import_folder
+        from rich.console import Console
 
-        import_folder(self.source, self.target)
+        from rlhf_jax.stages.importing import import_output
+
+        import_output(self.source, self.target, eos=self.eos)
+        Console(stderr=True).print(f"wrote {self.target}; name it as init", markup=False, highlight=False)
 
 
 VERBS = (

@@ -14,7 +14,6 @@ from flax import struct
 from jaxtyping import Float
 
 from rlhf_jax.data.pipelines import one_pass
-from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import comparison, responses
 from rlhf_jax.evaluation.estimates import Estimate, summarise
 from rlhf_jax.evaluation.language import held_out
@@ -56,7 +55,8 @@ class Evaluation:
         prompt_length: longest prompt in tokens.
         sampling: of the answers.
         gold: the reward that counts; None leaves win rates to the last reward model.
-        baseline: the stage that policies are compared with, and the reference of the KL.
+        baseline: the stage, or the path of an earlier run's stage, that policies are compared with; also the reference
+            of the KL.
         most_prompts: no more than this many are answered.
         batch: rows in a forward pass.
         too_long: whether a prompt or ranking that does not fit is an error or left out.
@@ -84,10 +84,7 @@ class Evaluation:
             check_length(workspace, self.ranking_length, "evaluation")
             self._rankings(workspace)
         if self.prompts:
-            if self.baseline not in workspace.stage_names:
-                raise UserError(f"there is no stage {self.baseline!r}", at="evaluation.baseline",
-                                expected=f"one of {', '.join(workspace.stage_names)}",
-                                fix="name the stage that policies are compared with")  # fmt: skip
+            workspace.locate(self.baseline, "evaluation.baseline")
             check_length(workspace, self.prompt_length + self.sampling.max_new_tokens, "evaluation")
             self._prompts(workspace)
 
@@ -98,6 +95,8 @@ class Evaluation:
             for stage in workspace.stage_names
             if workspace.is_finished(stage)
         }
+        if self.prompts and self.baseline not in workspace.stage_names:
+            outputs = {self.baseline: workspace.output(self.baseline, "evaluation.baseline")} | outputs
         numbers: dict[str, Numbers] = {stage: {} for stage in outputs}
         if self.texts:
             rows = text_rows(workspace, self.texts, self.text_length, "evaluation")
