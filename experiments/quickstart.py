@@ -47,17 +47,17 @@ def config() -> Experiment:
         model=model,
         stages=(
             Pretrain(
-                train=training(6e-3, batch=32, length=64, steps=900),
+                train=training(6e-3, batch=32, length=64, steps=900, evaluate_every=150),
                 data=(texts,),
                 heldout=(heldout_texts,),
             ),
             FineTune(
-                train=training(2e-3, batch=32, length=80, steps=250),
+                train=training(2e-3, batch=32, length=80, steps=250, evaluate_every=50),
                 data=(demonstrations,),
                 heldout=(TaskDemonstrations(task, 200, seed=11),),
             ),
             TrainReward(
-                train=training(2e-3, batch=16, length=80, epochs=1),
+                train=training(2e-3, batch=16, length=80, epochs=1, evaluate_every=60),
                 data=(TaskRankings(task, 5_000),),
                 heldout=(TaskRankings(task, 100, seed=12),),
                 centre=(TaskDemonstrations(task, 200),),
