@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.packing import one_per_row
 from rlhf_jax.data.pipelines import MixedBatches, one_pass, shuffled_batches
 from rlhf_jax.data.tables import ranking_table
 from rlhf_jax.evaluation.estimates import Estimate
 from rlhf_jax.evaluation.preferences import pair_accuracy_by_prompt, score_rankings
 from rlhf_jax.models import ScalarModel, init_params
 from rlhf_jax.objectives.reward import RewardModel, normalise_scores
-from rlhf_jax.scoring import sequence_scores
 from rlhf_jax.stages.language import check_length, check_weights
+from rlhf_jax.stages.normalising import (
+    ReferenceSamples,
+    check_centre,
+    demonstration_scores,
+    sample_scores,
+    score_sequences,
+)
 from rlhf_jax.stages.settings import Source, Training, naming
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.training.loop import Batches
-from rlhf_jax.types import PyTree, RankingBatch, TokenBatch
+from rlhf_jax.types import PyTree, RankingBatch
 
 log = logging.getLogger(__name__)
-
-SCORED_AT_A_TIME = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class TrainReward:
         weights: shares of the sources in the number of batches; a batch is of one source. None goes by their sizes.
         heldout: rankings to evaluate on.
         init: the language model that the trunk starts from.
-        centre: demonstrations whose mean score becomes 0, as in InstructGPT; empty leaves the scores alone.
+        centre: demonstrations whose mean score becomes 0, as in InstructGPT, or reference samples; empty leaves the
+            scores alone.
         centre_std: wanted deviation of their scores (Ziegler et al.: 1); None leaves the scale alone.
         normalise: how pairs are weighed, see ``objectives.reward``.
         centre_coef: see ``objectives.reward``.
@@ -55,7 +57,7 @@ class TrainReward:
     weights: tuple[float, ...] | None = None
     heldout: tuple[Source, ...] = ()
     init: str = "sft"
-    centre: tuple[Source, ...] = ()
+    centre: tuple[Source, ...] | ReferenceSamples = ()
     centre_std: float | None = None
     normalise: Literal["prompt", "pair"] = "prompt"
     centre_coef: float = 0.0
@@ -69,8 +71,7 @@ class TrainReward:
         tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
         rows = sum(len(table.tokens) for table in tables[: len(self.data)])
         self.train.check(rows, f"stages.{self.name}.train")
-        if self.centre:
-            demonstration_rows(workspace, self.centre, self.train.length, self.name)
+        check_centre(workspace, self.centre, self.train.length, self.name)
 
     def run(self, workspace: Workspace) -> None:
         tables = [self._table(workspace, (source,)) for source in self.data]
@@ -88,10 +89,13 @@ class TrainReward:
         def finish(params: PyTree) -> tuple[PyTree, dict[str, Any]]:
             if not self.centre:
                 return params, {}
-            scores = demonstration_scores(workspace, model, params, self.centre, self.train.length, self.name)
-            return normalise_scores(params, jnp.asarray(scores), mean=0.0, std=self.centre_std), {
-                "centred_on": {"demonstrations": len(scores), "mean": float(scores.mean()), "std": float(scores.std())}
-            }
+            if isinstance(self.centre, ReferenceSamples):
+                scores = sample_scores(workspace, model, params, base, self.centre, self.name)
+            else:
+                scores = demonstration_scores(workspace, model, params, self.centre, self.train.length, self.name)
+            noted = {"responses": len(scores), "mean": float(scores.mean()), "std": float(scores.std())}
+            normalised = normalise_scores(params, jnp.asarray(scores), mean=0.0, std=self.centre_std)
+            return normalised, {"centred_on": noted}
 
         train_supervised(
             workspace, self.name, self.train, model, {**fresh, "trunk": base.trunk_params}, batches,
@@ -136,35 +140,3 @@ def ranking_accuracy(
         workspace.stoppable(itertools.chain.from_iterable(one_pass(table, batch) for table in tables)),
     )
     return pair_accuracy_by_prompt(scores, ranks)
-
-
-def demonstration_scores(
-    workspace: Workspace, model: ScalarModel, params: PyTree, sources: tuple[Source, ...], length: int, name: str
-) -> np.ndarray:
-    """The model's score of every demonstration that fits into a row."""
-    rows = demonstration_rows(workspace, sources, length, name)
-    found = [
-        np.asarray(score_sequences(model, params, batch.tokens, np.sum(batch.segments > 0, axis=1)))
-        for batch in workspace.stoppable(one_pass(rows, SCORED_AT_A_TIME))
-    ]
-    return np.concatenate(found)[: len(rows.tokens)]
-
-
-def demonstration_rows(workspace: Workspace, sources: tuple[Source, ...], length: int, name: str) -> TokenBatch:
-    """Demonstrations that fit into a row, one in each."""
-
-    def make() -> TokenBatch:
-        chat, tokenizer = workspace.chat, workspace.tokenizer
-        with naming(sources, name):
-            documents = [chat.dialogue_tokens(tokenizer, record["messages"]) for record in workspace.read(sources)]
-            packed = one_per_row(documents, length, tokenizer.pad_id, "drop")
-        log.info("%s: demonstrations: %s", name, packed.report.summary())
-        return packed.rows
-
-    return workspace.once(("one demonstration a row", sources, length), make)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score_sequences(model: ScalarModel, params: PyTree, tokens, lengths):
-    """Compiled ``scoring.sequence_scores``; an empty row gets some number."""
-    return sequence_scores(model, params, tokens, jnp.maximum(lengths, 1))
