@@ -19,7 +19,7 @@ from tiny_experiment import TASK, config, training
 
 from rlhf_jax import experiment as programs
 from rlhf_jax.answering import answer
-from rlhf_jax.data.tasks.base import TaskDemonstrations
+from rlhf_jax.data.tasks.base import TaskDemonstrations, TaskPrompts
 from rlhf_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from rlhf_jax.errors import MISSING_INPUT, Preempted, UserError
 from rlhf_jax.objectives.ppo import PPO
@@ -28,9 +28,10 @@ from rlhf_jax.runs.rundir import is_done
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.scoring import response_logprobs
 from rlhf_jax.stages.language import FineTune, Pretrain
+from rlhf_jax.stages.normalising import ReferenceSamples
 from rlhf_jax.stages.outputs import load_output, save_output
 from rlhf_jax.stages.ppo import Reinforce
-from rlhf_jax.stages.responses import gold_rewards
+from rlhf_jax.stages.responses import gold_rewards, score_rollout
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.step import init_state
@@ -141,8 +142,30 @@ def test_demonstrations_score_zero_on_average(outputs):
     values = jax.jit(output.model.apply)({"params": output.params}, tokens, Context.of_lengths(lengths, 16))
     scores = np.asarray(values)[np.arange(40), lengths - 1]
     assert abs(np.mean(scores)) < 1e-5 and np.std(scores) > 1e-3
-    assert output.notes["centred_on"]["demonstrations"] == 40
+    assert output.notes["centred_on"]["responses"] == 40
     assert abs(output.notes["centred_on"]["mean"]) > 1e-3  # there was something to move
+
+
+def test_reference_samples_score_zero_with_deviation_one(finished, tmp_path):
+    """Sampled again from the policy that the reward model started from, with the same keys."""
+    prompts = (TaskPrompts(TASK, 8),)
+    centre = ReferenceSamples(prompts=prompts, prompt_length=1, sampling=Sampling(6, samples_per_prompt=2))
+    experiment = config()
+    stage = dataclasses.replace(
+        experiment.stages[2], init=str(finished[0] / "sft"), centre=centre, centre_std=1.0, heldout=()
+    )
+    experiment = dataclasses.replace(experiment, stages=(stage,), evaluation=None)
+    programs.run(experiment, tmp_path / "run")
+    workspace = experiment.workspace(tmp_path / "run")
+    output, policy = workspace.output("reward", "test"), workspace.output(stage.init, "test")
+    table = centre.read(workspace, "reward").table.rows
+    rollout = sample(
+        policy.model, policy.params, table, centre.sampling, workspace.key("reward", "reference samples"),
+        eos_id=22, pad_id=21,
+    )  # fmt: skip
+    scores = np.asarray(score_rollout(output.model, output.params, rollout))
+    assert len(scores) == 16 == output.notes["centred_on"]["responses"]
+    assert abs(scores.mean()) < 1e-5 and scores.std() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_ratio_of_the_first_minibatch_is_one(finished):
