@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from transformer_in_numpy import in_numpy
 
 from rlhf_jax.models import (
     MLP,
@@ -110,6 +111,12 @@ LENGTHS = jnp.array([12, 7, 4])
 
 def part(context: Context, start: int, stop: int) -> Context:
     return Context(context.positions[:, start:stop], context.segments[:, start:stop])
+
+
+def test_logits_equal_a_forward_pass_in_numpy(variant, tokens):
+    model, params, apply = variant
+    logits, _, _ = apply(params, tokens, Context.of_lengths(jnp.full(3, LENGTH), LENGTH))
+    np.testing.assert_allclose(logits[1], in_numpy(model, params, np.asarray(tokens[1])), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("widths", [(6, 6), (6, 1, 1, 1, 1, 1, 1), (1,) * LENGTH], ids=["chunks", "decode", "single"])

@@ -75,6 +75,13 @@ def _assemble(model: Transformer, tensors: Tensors, block: Callable, rest: Calla
     return params | {"stack": stack}
 
 
+def _layers(model: Transformer) -> tuple[Attention, MLP]:
+    """The attention and the feed-forward that all layers of these models repeat."""
+    block = model.pattern[0]
+    assert isinstance(block.mixer, Attention) and isinstance(block.ffn, MLP)
+    return block.mixer, block.ffn
+
+
 def _gpt2_model(settings: _Settings) -> Transformer:
     settings.refuse("scale_attn_by_inverse_layer_idx", False)
     settings.refuse("scale_attn_weights", True)
@@ -95,7 +102,7 @@ def _gpt2_model(settings: _Settings) -> Transformer:
 
 def _gpt2_block(model: Transformer, tensors: Tensors, layer: int) -> PyTree:
     """Its ``Conv1D`` kernels are [in, out]; queries, keys and values lie side by side, each of all heads."""
-    width, (mixer, ffn) = model.d_model, (model.pattern[0].mixer, model.pattern[0].ffn)
+    width, (mixer, ffn) = model.d_model, _layers(model)
     head = mixer.width(width)
 
     def get(name: str, *shape: int) -> np.ndarray:
@@ -170,7 +177,7 @@ def _llama_model(settings: _Settings) -> Transformer:
 
 def _llama_block(model: Transformer, tensors: Tensors, layer: int) -> PyTree:
     """Its ``Linear`` kernels are [out, in]; our first product holds each key/value head beside its query heads."""
-    width, (mixer, ffn) = model.d_model, (model.pattern[0].mixer, model.pattern[0].ffn)
+    width, (mixer, ffn) = model.d_model, _layers(model)
     head = mixer.width(width)
 
     def get(name: str, *shape: int) -> np.ndarray:

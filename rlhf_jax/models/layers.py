@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +50,14 @@ def parameter(
     """Declare a weight drawn from N(0, std²) (zeros for std 0), with logical axes, in the compute dtype."""
     initialise = nn.initializers.normal(std) if std > 0.0 else nn.initializers.zeros
     value = module.param(name, nn.with_logical_partitioning(initialise, axes), shape, style.param_dtype)
-    return value.astype(style.dtype)
+    return cast(jax.Array, value).astype(style.dtype)
 
 
 def product(x: Float[Array, "B T in"], kernel: Float[Array, "in ..."]) -> Float[Array, "B T out"]:
     """``x`` times the kernel, all of whose output axes are merged.
 
     The rows are merged too: the gradient of the kernel is then one plain matrix product, for which XLA needs no
-    transposed copy (on CPU this makes a training step 1.3 times as fast).
+    transposed copy (on CPU this makes a training step about 1.2 times as fast).
     """
     flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(x.shape[-1], -1)
     return flat.reshape(*x.shape[:-1], -1)
@@ -104,4 +104,4 @@ class RMSNorm(nn.Module):
 
 def _norm_weight(module: nn.Module, name: str, value: float, width: int, style: Style) -> Float[Array, " E"]:
     initialise = nn.with_logical_partitioning(nn.initializers.constant(value), ("norm",))
-    return module.param(name, initialise, (width,), style.param_dtype).astype(jnp.float32)
+    return cast(jax.Array, module.param(name, initialise, (width,), style.param_dtype)).astype(jnp.float32)

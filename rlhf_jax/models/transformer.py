@@ -5,6 +5,7 @@ One call serves training, prefill and decoding; the law is ``full(x) = prefill(x
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -159,7 +160,7 @@ class Transformer(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.repeats,
             unroll=self.repeats if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -204,9 +205,10 @@ class Transformer(nn.Module):
             x, (_, aux) = self.stack(x, shared, None)
         else:
             cache = _enter(cache, context)
-            shared = shared.replace(keys=Context(cache.positions, cache.segments), slot=cache.next_slot)
+            keys = Context(cache.positions, cache.segments)
+            shared = dataclasses.replace(shared, keys=keys, slot=cache.next_slot)
             x, layers, aux = self._through_cache(x, shared, cache.layers)
-            cache = cache.replace(layers=layers, next_slot=cache.next_slot + tokens.shape[1])
+            cache = dataclasses.replace(cache, layers=layers, next_slot=cache.next_slot + tokens.shape[1])
         if self.final_norm:
             x = self.last_norm(x, shared.style)
         return x, cache, _gather(aux)
@@ -275,7 +277,8 @@ def empty_cache(model: Transformer, batch: int, slots: int) -> Cache:
 def _enter(cache: Cache, context: Context) -> Cache:
     """Note the new tokens' positions and segments in their slots."""
     place = (0, cache.next_slot)
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         positions=jax.lax.dynamic_update_slice(cache.positions, context.positions.astype(jnp.int32), place),
         segments=jax.lax.dynamic_update_slice(cache.segments, context.segments.astype(jnp.int32), place),
     )
