@@ -95,7 +95,9 @@ def small(experiment):
         stages=(
             dataclasses.replace(pretrain, data=pretrain.heldout),
             dataclasses.replace(tune, data=tune.heldout, pretraining=pretrain.heldout),
-            dataclasses.replace(reward, data=reward.heldout, centre=tune.heldout),
+            dataclasses.replace(
+                reward, data=reward.heldout, centre=tune.heldout, train=dataclasses.replace(reward.train, epochs=50)
+            ),
             dataclasses.replace(
                 ppo, prompts=experiment.evaluation.prompts, ptx=dataclasses.replace(ppo.ptx, data=pretrain.heldout)
             ),
