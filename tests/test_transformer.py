@@ -24,6 +24,7 @@ from rlhf_jax.models import (
     count_params,
     empty_cache,
     init_params,
+    split_rounds,
 )
 from rlhf_jax.models.layers import Shared
 from rlhf_jax.types import Context
@@ -233,6 +234,16 @@ def test_stacked_layers_equal_a_loop_over_blocks(variant, tokens):
 
     logits = looped(params)
     np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_unrolled_rounds_and_cut_parameters_change_nothing(tokens):
+    model, context = VARIANTS["pattern"], Context.of_lengths(LENGTHS, LENGTH)
+    params = init_params(model, jax.random.key(0))
+    expected, _, _ = forward(model)(params, tokens, context)
+    unrolled, _, _ = forward(model.clone(unroll=True))(params, tokens, context)
+    cut, _, _ = forward(model)(split_rounds(model, params), tokens, context, empty_cache(model, 3, LENGTH))
+    np.testing.assert_allclose(unrolled, expected, atol=2e-5)
+    np.testing.assert_allclose(cut[0], expected[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("policy", ["nothing_saveable", "dots_with_no_batch_dims_saveable"])
