@@ -107,8 +107,9 @@ def measure(measurement: Measurement, folder: Path, cores: list[int], tiny: bool
             stack.callback(sides[name].close)
         hello = {name: side.read() for name, side in sides.items()}
         counts = {name: said["parameters"] for name, said in hello.items()}
-        if len(set(counts.values())) != 1:
-            raise RuntimeError(f"the sides have different models: {counts} parameters")
+        expected = (TINY if tiny else FULL).parameters
+        if set(counts.values()) != {expected}:
+            raise RuntimeError(f"the sides have {counts} parameters; expected {expected}")
         total = measurement.warmups + (measurement.rounds if rounds is None else rounds)
         for number in range(total):
             for name, side in sides.items():

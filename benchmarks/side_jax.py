@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lines import Questions
-from safetensors.numpy import load_file
 from sizes import FULL, PAD, TINY, Sizes
 
 import rlhf_jax
-from rlhf_jax.models import MLP, Attention, Block, LayerNorm, Learned, ScalarModel, Transformer, init_params
+from rlhf_jax.models import ScalarModel, Transformer, count_params, init_params
+from rlhf_jax.models.huggingface import import_folder
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic
 from rlhf_jax.objectives.presets import trl
@@ -34,52 +34,10 @@ from rlhf_jax.training.step import init_state, make_train_step
 from rlhf_jax.types import PromptBatch, PyTree, Rollout, TokenBatch
 
 
-def architecture(sizes: Sizes) -> Transformer:
-    attention = Attention(sizes.heads, qkv_bias=True, out_bias=True)
-    return Transformer(
-        vocab_size=sizes.vocab, d_model=sizes.width, repeats=sizes.layers, max_length=sizes.context,
-        pattern=(Block(attention, MLP(4 * sizes.width, bias=True)),), position=Learned(), norm=LayerNorm(),
-    )  # fmt: skip
-
-
-def starting_weights(sizes: Sizes, checkpoint: Path) -> PyTree:
-    """The peer's weights under our names; its queries, keys and values lie side by side, ours head by head."""
-    theirs = load_file(checkpoint / "model.safetensors")
-    heads = (sizes.heads, sizes.width // sizes.heads)
-
-    def layers(name: str) -> np.ndarray:
-        return np.stack([theirs[f"transformer.h.{layer}.{name}"] for layer in range(sizes.layers)])
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": layers(f"{name}.weight"), "bias": layers(f"{name}.bias")}
-
-    qkv = layers("attn.c_attn.weight").reshape(sizes.layers, sizes.width, 3, *heads)
-    block = {
-        "mixer_norm": norm("ln_1"),
-        "mixer": {
-            "qkv": qkv.swapaxes(2, 3),
-            "qkv_bias": layers("attn.c_attn.bias").reshape(sizes.layers, 3, *heads).swapaxes(1, 2),
-            "out": layers("attn.c_proj.weight").reshape(sizes.layers, *heads, sizes.width),
-            "out_bias": layers("attn.c_proj.bias"),
-        },
-        "ffn_norm": norm("ln_2"),
-        "ffn": {
-            "in": layers("mlp.c_fc.weight")[:, :, None],
-            "in_bias": layers("mlp.c_fc.bias")[:, None],
-            "out": layers("mlp.c_proj.weight"),
-            "out_bias": layers("mlp.c_proj.bias"),
-        },
-    }
-    last = {"scale": theirs["transformer.ln_f.weight"], "bias": theirs["transformer.ln_f.bias"]}
-    return jax.tree.map(
-        jnp.asarray,
-        {
-            "embedding": theirs["transformer.wte.weight"],
-            "position_embedding": theirs["transformer.wpe.weight"],
-            "stack": {"blocks_0": block},
-            "last_norm": last,
-        },
-    )
+def starting_model(checkpoint: Path) -> tuple[Transformer, PyTree]:
+    """The peer's model and weights. Unrolled layers are what a user on CPU would choose."""
+    model, params = import_folder(checkpoint)
+    return model.clone(unroll=True), jax.tree.map(jnp.asarray, params)
 
 
 def prompt_batch(sizes: Sizes, checkpoint: Path) -> PromptBatch:
@@ -89,9 +47,10 @@ def prompt_batch(sizes: Sizes, checkpoint: Path) -> PromptBatch:
 
 
 def training_step(questions: Questions, sizes: Sizes, checkpoint: Path) -> None:
-    objective = LanguageModel(architecture(sizes))
+    model, params = starting_model(checkpoint)
+    objective = LanguageModel(model)
     optimizer = Optimizer(sizes.learning_rate, b2=0.95, clip_norm=None).build(1)
-    state = init_state(starting_weights(sizes, checkpoint), optimizer)
+    state = init_state(params, optimizer)
     step = make_train_step(objective.loss, optimizer, with_weights=objective.with_weights)
     tokens = np.load(checkpoint / "tokens.npy")
     positions = np.broadcast_to(np.arange(sizes.context, dtype=np.int32), tokens.shape)
@@ -112,7 +71,7 @@ def training_step(questions: Questions, sizes: Sizes, checkpoint: Path) -> None:
 
 
 def generation(questions: Questions, sizes: Sizes, checkpoint: Path) -> None:
-    model, params = architecture(sizes), starting_weights(sizes, checkpoint)
+    model, params = starting_model(checkpoint)
     prompts, key = prompt_batch(sizes, checkpoint), jax.random.key(0)
     calls = 0
 
@@ -144,7 +103,7 @@ class SamePrompts:
 
 def ppo(questions: Questions, sizes: Sizes, checkpoint: Path) -> None:
     """The package's own loop of reinforcement learning."""
-    policy, params = architecture(sizes), starting_weights(sizes, checkpoint)
+    policy, params = starting_model(checkpoint)
     critic, sampling = ScalarModel(policy, head_init="zero"), Sampling(sizes.new_tokens)
     reward_model = ScalarModel(policy)
     reward_params = init_params(reward_model, jax.random.key(1))
@@ -214,7 +173,7 @@ def main() -> None:
     questions = Questions()
     questions.answer(
         versions={"rlhf_jax": rlhf_jax.__version__, "jax": jax.__version__},
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(starting_weights(sizes, options.checkpoint))),
+        parameters=count_params(starting_model(options.checkpoint)[0]),
         flags=os.environ.get("XLA_FLAGS", ""),
     )
     TASKS[options.task](questions, sizes, options.checkpoint)
