@@ -14,7 +14,6 @@ import numpy as np
 
 from rlhf_jax.errors import BAD_DATA, REFUSED, UserError
 from rlhf_jax.models.ffn import MLP
-from rlhf_jax.models.folder import save_folder
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
 from rlhf_jax.models.mixers import Attention
 from rlhf_jax.models.parameters import abstract_params
@@ -31,12 +30,11 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Endings of tensors that are constants, not parameters."""
 
 
-def import_folder(src: str | Path, dst: str | Path | None = None) -> tuple[Transformer, PyTree]:
+def import_folder(src: str | Path) -> tuple[Transformer, PyTree]:
     """The model of a Hugging Face folder and its parameters as numpy arrays in fp32.
 
     Args:
         src: folder with ``config.json`` and ``model.safetensors`` (or shards with their index).
-        dst: also write the model there, as ``models.folder`` reads it.
     """
     src = Path(src)
     found = read_json(src / "config.json")
@@ -54,8 +52,6 @@ def import_folder(src: str | Path, dst: str | Path | None = None) -> tuple[Trans
     model, tensors = build(settings), Tensors(src, prefix)
     params = _assemble(model, tensors, block, rest)
     tensors.check_all_read(_BUFFERS + (("lm_head.weight",) if model.tie_embeddings else ()))
-    if dst is not None:
-        save_folder(dst, model, params)
     return model, params
 
 
