@@ -230,12 +230,15 @@ def test_a_tokenizer_without_an_end_of_sequence(folder, capsys):
         ("stages.ppo.critic=none", ["stages.ppo.critic", "'none'", "reward, policy, shared"]),
         ("stages.ppo.policy=reward", ["stages.ppo.policy", "trains a reward model", "a language model"]),
         ("stages.ppo.sampling.temperature=0", ["temperature", "0.0", "a positive number"]),
-        ("evaluation.baseline=stf", ["evaluation.baseline", "no stage 'stf'", "one of pretrain, sft, reward, ppo"]),
+        (
+            "evaluation.baseline=stf",
+            ["evaluation.baseline", "'stf' is neither a stage", "one of pretrain, sft, reward, ppo"],
+        ),
         ("seed", ["cannot read the override 'seed'", "path=value"]),
     ],
 )
 def test_an_override_that_makes_no_sense_is_one_error(folder, capsys, assignment, parts):
-    code = MISSING_INPUT if "nowhere" in assignment else USAGE
+    code = MISSING_INPUT if "is neither a stage" in parts[1] else USAGE
     refused(capsys, code, *parts, words=["--set", assignment])
 
 

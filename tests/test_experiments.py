@@ -85,23 +85,26 @@ def test_instruct_real_finds_no_fault_in_the_real_data(language, shared, monkeyp
 
 
 def small(experiment):
-    """Held-out files in the place of those for training, and a tokenizer of a few of them."""
+    """Held-out files in the place of those for training, and rankings as long as the model can read."""
     pretrain, tune, reward, ppo = experiment.stages
     assert isinstance(pretrain, Pretrain) and isinstance(tune, FineTune)
     assert isinstance(reward, TrainReward) and isinstance(ppo, Reinforce)
+
+    def long(train):
+        return dataclasses.replace(train, epochs=None, steps=100)
+
     return dataclasses.replace(
         experiment,
-        tokenizer=TrainedBPE(400, tune.heldout[-1:]),
+        tokenizer=TrainedBPE(4096, tune.heldout),
         stages=(
             dataclasses.replace(pretrain, data=pretrain.heldout),
-            dataclasses.replace(tune, data=tune.heldout, pretraining=pretrain.heldout),
-            dataclasses.replace(
-                reward, data=reward.heldout, centre=tune.heldout, train=dataclasses.replace(reward.train, epochs=50)
-            ),
+            dataclasses.replace(tune, data=tune.heldout, pretraining=pretrain.heldout, train=long(tune.train)),
+            dataclasses.replace(reward, data=reward.heldout, centre=tune.heldout, train=long(reward.train)),
             dataclasses.replace(
                 ppo, prompts=experiment.evaluation.prompts, ptx=dataclasses.replace(ppo.ptx, data=pretrain.heldout)
             ),
         ),
+        evaluation=dataclasses.replace(experiment.evaluation, ranking_length=experiment.model.max_length),
     )
 
 

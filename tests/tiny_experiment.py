@@ -69,7 +69,7 @@ def config() -> Experiment:
                 ema_decay=0.5,
                 gold=TASK,
                 save_every=2,
-                samples_every=2,
+                samples_every=3,
             ),
         ),
         evaluation=Evaluation(
