@@ -40,6 +40,7 @@ def config() -> Experiment:
             d_model=128,
             pattern=(Block(Attention(heads=4), SwiGLU(320)),),
             repeats=4,
+            unroll=True,
             max_length=320,
         ),
         stages=(
@@ -87,13 +88,14 @@ def config() -> Experiment:
             sampling=Sampling(max_new_tokens=64),
             batch=32,
             too_long="drop",
+            rankings_too_long="left",
         ),
     )
 
 
 def training(rate: float, batch: int, length: int, steps: int | None = None, epochs: float | None = None) -> Training:
     """What the supervised stages have in common."""
-    optimizer = Optimizer(rate, schedule="cosine", warmup_steps=20, final_fraction=0.1, b2=0.95, weight_decay=0.01)
+    optimizer = Optimizer(rate, schedule="cosine", warmup_fraction=0.05, final_fraction=0.1, b2=0.95, weight_decay=0.01)
     return Training(
         steps=steps, epochs=epochs, batch=batch, length=length, optimizer=optimizer, evaluate_every=200, save_every=200
     )

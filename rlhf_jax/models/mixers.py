@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return d_model // self.heads
 
     def check(self, d_model: int) -> None:
-        """Refuse a model width that that the heads do not divide."""
+        """Refuse a model width that the heads do not divide."""
         self.width(d_model)
 
     def empty_cache(self, rows: int, slots: int, d_model: int, dtype) -> PyTree:

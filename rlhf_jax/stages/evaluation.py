@@ -59,7 +59,8 @@ class Evaluation:
             of the KL.
         most_prompts: no more than this many are answered.
         batch: rows in a forward pass.
-        too_long: whether a prompt or ranking that does not fit is an error or left out.
+        too_long: whether a prompt that does not fit is an error or left out.
+        rankings_too_long: what becomes of a ranking that does not fit, as in ``TrainReward``.
     """
 
     texts: tuple[Source, ...] = ()
@@ -74,6 +75,7 @@ class Evaluation:
     most_prompts: int = 512
     batch: int = 64
     too_long: Literal["error", "drop"] = "error"
+    rankings_too_long: Literal["error", "left", "right", "drop"] = "error"
 
     def check(self, workspace: Workspace) -> None:
         """Find mistakes before anything is trained."""
@@ -117,7 +119,7 @@ class Evaluation:
     def _rankings(self, workspace: Workspace) -> list[RankingBatch]:
         """One table for each source, since these may differ in K."""
         return [
-            ranking_rows(workspace, (source,), self.ranking_length, self.too_long, "evaluation")
+            ranking_rows(workspace, (source,), self.ranking_length, self.rankings_too_long, "evaluation")
             for source in self.rankings
         ]
 

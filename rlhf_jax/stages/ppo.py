@@ -177,6 +177,7 @@ class Reinforce:
                 checkpoints=Checkpoints(folder / "checkpoints", every=self.save_every),
                 metrics=metrics,
                 stop=workspace.stop,
+                prefix=self.name,
                 on_row=workspace.watch(self.name, self.iterations),
             )
         trained = state.params if state.ema is None else state.ema

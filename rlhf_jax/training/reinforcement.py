@@ -82,6 +82,7 @@ def reinforce(
     metrics: MetricsWriter | None = None,
     stop: StopSignal | None = None,
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    prefix: str = "",
     on_row: Callable[[Row], None] | None = None,
 ) -> TrainState:
     """Train ``state`` for ``plan.iterations`` in all, from the newest checkpoint on if there is one.
@@ -100,6 +101,7 @@ def reinforce(
         metrics: one row an iteration.
         stop: polled after every iteration; let ``evaluate`` poll the same one.
         evaluate: measures the state; at ``plan.evaluate_every`` and after the last iteration.
+        prefix: of names without a slash, such as ``loss``.
         on_row: called with every row.
 
     Raises:
@@ -107,7 +109,7 @@ def reinforce(
         UserError: for a score, loss or gradient that is not finite, and where sampler and scorer disagree.
     """
     streams = {"prompts": prompts, **plan.streams}
-    journal = Journal(checkpoints, metrics, stop, on_row=on_row)
+    journal = Journal(checkpoints, metrics, stop, prefix=prefix, on_row=on_row)
     snapshot = journal.resume({"state": state, "controller": controller})
     iteration = 0
     if snapshot is not None:
