@@ -32,6 +32,7 @@ def config() -> Experiment:
         d_model=96,
         pattern=(Block(Attention(heads=4), SwiGLU(256)),),
         repeats=2,
+        unroll=True,
         max_length=96,
         init_std=0.1,  # larger than usual: so small a model learns to copy an order much sooner
     )
@@ -66,9 +67,9 @@ def config() -> Experiment:
                 prompts=(TaskPrompts(task, 2_000),),
                 prompt_length=28,
                 sampling=Sampling(max_new_tokens=36),
-                ppo=PPO(kl=FixedKL(0.2), value_coef=0.5),
+                ppo=PPO(kl=FixedKL(0.25), value_coef=0.5),
                 optimizer=Optimizer(4e-4, schedule="linear", warmup_steps=4, final_fraction=0.1, b2=0.98),
-                iterations=30,
+                iterations=36,
                 prompts_per_iteration=64,
                 minibatch=32,
                 epochs=2,
