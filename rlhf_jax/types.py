@@ -26,18 +26,21 @@ class Context:
     """Where each token stands and which document it belongs to.
 
     ``segments`` is 0 for padding; tokens see each other only inside one segment. ``positions`` counts from 0 in each
-    segment. Both are what attention masks are computed from; the slot that a token occupies never matters.
+    segment. Both are what attention masks are computed from; the slot that a token occupies never matters. ``packed``
+    is False where each row is known to be one document in the order of its slots with padding behind it.
     """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
+    packed: bool = struct.field(pytree_node=False, default=True)
 
     @classmethod
     def of_lengths(cls, lengths: Int[Array, "B"], width: int) -> Context:
         """One document a row, right-padded to ``width``."""
         slots = jnp.arange(width, dtype=jnp.int32)
         segments = (slots[None, :] < lengths[:, None]).astype(jnp.int32)
-        return cls(positions=jnp.broadcast_to(slots, segments.shape) * segments, segments=segments)
+        positions = jnp.broadcast_to(slots, segments.shape) * segments
+        return cls(positions=positions, segments=segments, packed=False)
 
 
 @struct.dataclass

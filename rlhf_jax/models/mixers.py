@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.models.layers import RMSNorm, Shared, parameter, product
 from rlhf_jax.models.positions import RoPE
-from rlhf_jax.ops.attention import Mask, attention, check_implementation
+from rlhf_jax.ops.attention import Mask, Terms, attention, check_implementation, decode_attention
 from rlhf_jax.types import PyTree
 
 
@@ -42,7 +42,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     softcap: float | None = None
     dropout: float = 0.0
-    implementation: str = "reference"
+    implementation: str = "auto"
 
     def __post_init__(self):
         if self.heads < 1 or self.groups < 1:
@@ -90,15 +90,19 @@ class Attention(nn.Module):
             q, k = RMSNorm(name="query_norm")(q, style), RMSNorm(name="key_norm")(k, style)
         if isinstance(style.position, RoPE):
             q, k = style.position.rotate(q, positions), style.position.rotate(k, positions)
+        mask, scale = Mask.ranges(shared.queries, shared.keys, window=self.window), q.shape[-1] ** -0.5
+        drop = self.dropout > 0.0 and not shared.deterministic
         if cache is not None:
             assert shared.slot is not None
             cache = {"keys": _write(cache["keys"], k, shared.slot), "values": _write(cache["values"], v, shared.slot)}
+            if x.shape[1] == 1 and not drop:
+                terms = Terms(scale=scale, softcap=self.softcap)
+                mixed = decode_attention(q[:, 0], cache["keys"], cache["values"], mask, terms, self.implementation)
+                return self._merge(mixed[:, None], x.shape[-1], shared), cache
             k, v = jnp.swapaxes(cache["keys"], 1, 2), jnp.swapaxes(cache["values"], 1, 2)
-        drop = self.dropout > 0.0 and not shared.deterministic
         mixed = attention(
-            q, k, v,
-            Mask.causal(shared.queries, shared.keys, window=self.window),
-            scale=q.shape[-1] ** -0.5,
+            q, k, v, mask,
+            scale=scale,
             softcap=self.softcap,
             dropout=self.dropout,
             dropout_key=self.make_rng("dropout") if drop else None,
