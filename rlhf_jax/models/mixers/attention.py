@@ -1,8 +1,4 @@
-"""Layers that move information between tokens.
-
-A mixer is a linen module ``mixer(x, shared, cache) -> (y, cache)`` with two methods besides: ``empty_cache`` makes the
-state of one layer, ``check`` refuses a model width that it cannot serve. Attention is the only one here.
-"""
+"""Softmax attention as a mixer."""
 
 from __future__ import annotations
 
