@@ -190,7 +190,7 @@ def draw(rows: list[dict[str, Any]], about: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     titles = list(dict.fromkeys(row["measurement"] for row in rows))
-    figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.9 * len(titles), 3.6), squeeze=False)
     colours = {OURS: "#2a6f97", EAGER: "#b5651d", COMPILED: "#d9a066"}
     for axis, title in zip(axes[0], titles, strict=True):
         panel = [row for row in rows if row["measurement"] == title]
@@ -198,15 +198,16 @@ def draw(rows: list[dict[str, Any]], about: str, path: Path) -> None:
         medians = [row["seconds"] for row in panel]
         spread = [[m - row["seconds_range"][0] for m, row in zip(medians, panel, strict=True)],
                   [row["seconds_range"][1] - m for m, row in zip(medians, panel, strict=True)]]  # fmt: skip
-        bars = axis.bar(names, medians, yerr=spread, color=[colours[name] for name in names], capsize=4)
+        shown = [name.replace("/", "/\n").replace("with ", "with\n") for name in names]
+        bars = axis.bar(shown, medians, yerr=spread, color=[colours[name] for name in names], capsize=4)
         axis.bar_label(bars, [f"{m:.2f} s" for m in medians], padding=3, fontsize=8)
         axis.set_title(f"{title}\n{panel[1]['times_as_fast']:.2f} times as fast", fontsize=10)
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0][0].set_ylabel("seconds, median and range (less is better)", fontsize=8)
-    figure.suptitle(about, fontsize=8, y=0.02)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.text(0.5, 0.015, about, fontsize=8, ha="center", va="bottom")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
