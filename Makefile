@@ -1,6 +1,7 @@
 # make quickstart   set everything up, then run the whole path on the built-in task
 # make test         set everything up, then run the tests
 # make lint         ruff and pyright
+# make kernels-compile  compile the kernels for an H200 and a TPU without either (an environment of 5 GB of its own)
 # make lock         solve the dependencies again (needs uv)
 # make clean        remove the environments and caches (runs stay)
 
@@ -11,7 +12,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test lint lock install clean
+KERNELS := .venv-kernels
+# Python 3.12 or newer, in which the JAX is that the kernels are written for; a pyenv may hold one that PATH does not.
+KERNELS_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $$(ls -d \
+	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[23]*/bin/python 2>/dev/null | sort -rV); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
+
+.PHONY: quickstart test lint lock install clean kernels-compile
 
 quickstart: install
 	$(BIN)/python -m rlhf_jax run experiments/quickstart.py $(ARGS)
@@ -22,6 +29,20 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+kernels-compile: $(KERNELS)/.installed
+	$(KERNELS)/bin/python benchmarks/kernels_compile.py $(ARGS)
+
+$(KERNELS)/.installed: benchmarks/kernels-requirements.txt
+	@test -n "$(KERNELS_PYTHON)" || { echo "compiling kernels needs Python 3.12 or newer; set KERNELS_PYTHON" >&2; exit 1; }
+	@if command -v uv >/dev/null; then set -ex; \
+		$(KERNELS)/bin/python -c '' 2>/dev/null || uv venv --quiet --clear --python "$(KERNELS_PYTHON)" $(KERNELS); \
+		uv pip install --quiet --python $(KERNELS)/bin/python -r $<; \
+	else set -ex; \
+		$(KERNELS)/bin/python -c '' 2>/dev/null || $(KERNELS_PYTHON) -m venv --clear --without-pip $(KERNELS); \
+		$(KERNELS_PYTHON) -m pip --python $(KERNELS)/bin/python install --quiet -r $<; \
+	fi
+	@touch $@
 
 install: $(STAMP)
 
@@ -45,5 +66,5 @@ lock:
 	@! grep -n '://' requirements.lock
 
 clean:
-	rm -rf .venv .venv-newest build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-kernels build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
