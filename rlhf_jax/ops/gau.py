@@ -1,0 +1,99 @@
+"""Gated attention: one head, an elementwise score in place of the softmax, and a divisor for each query.
+
+``out = (A v) / normaliser`` with ``A = score(scale q k' + bias)`` where the mask shows the key and 0 elsewhere: the
+mask acts after the score, because a hidden key's score need not be 0. Softmax is ``ops.attention`` with one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhf_jax.ops import gau_reference
+from rlhf_jax.ops.attention.masks import Mask
+from rlhf_jax.ops.gau_terms import GauCase, Laplace, Relu2, Score
+
+__all__ = ["GAU_IMPLEMENTATIONS", "GauCase", "GauImplementation", "Laplace", "Relu2", "Score", "gau_attention"]
+
+
+@dataclass(frozen=True)
+class GauImplementation:
+    """A schedule: whether it can serve a case (None) or why not, and the computation."""
+
+    refusal: Callable[[GauCase], str | None]
+    attend: Callable[..., jax.Array]
+
+
+GAU_IMPLEMENTATIONS: dict[str, GauImplementation] = {
+    "reference": GauImplementation(gau_reference.refusal, gau_reference.attend),
+}
+"""In the order in which ``auto`` takes the first that serves."""
+
+
+def gau_attention(
+    q: Float[Array, "B T D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S E"],
+    mask: Mask,
+    *,
+    score: Score,
+    scale: float,
+    normaliser: Float[Array, "B T"] | float,
+    bias: Float[Array, " R"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T E"]:
+    """Gated attention's sum over the keys that the mask shows (arXiv 2202.10447).
+
+    Summed in fp32 (float64 inputs: in float64). A query that sees nothing gets 0 and passes no gradient.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values, usually much wider than the keys.
+        mask: who sees whom.
+        score: ``Relu2`` or ``Laplace``.
+        scale: factor on the products of queries and keys.
+        normaliser: divisor of each query's sum, positive; not trained.
+        bias: added to the logit of a key ``d`` positions before its query is entry ``min(d, R - 1)`` (0 for keys after
+            it); trained. None for none.
+        implementation: one of ``GAU_IMPLEMENTATIONS``, or "auto" for the best that serves here.
+
+    Raises:
+        ValueError: shapes do not fit, or the named implementation is unknown or cannot serve.
+    """
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together")
+    case = GauCase.of(q, k, v, score, bias, mask)
+    name = choose(implementation, case, GAU_IMPLEMENTATIONS)
+    divisor = jnp.broadcast_to(jnp.asarray(normaliser, jnp.promote_types(q.dtype, jnp.float32)), q.shape[:2])
+    divisor = jax.lax.stop_gradient(divisor)
+    return GAU_IMPLEMENTATIONS[name].attend(q, k, v, mask, divisor, bias, score=score, scale=scale)
+
+
+def choose(implementation: str, case: GauCase, known: dict[str, GauImplementation]) -> str:
+    """The implementation that serves this case: the named one, or with "auto" the first that can.
+
+    Raises:
+        ValueError: the name is unknown, or the named implementation cannot serve; the message says why.
+    """
+    check_implementation(implementation, known)
+    if implementation == "auto":
+        return next(name for name, each in known.items() if each.refusal(case) is None)
+    reason = known[implementation].refusal(case)
+    if reason is not None:
+        raise ValueError(
+            f"gated attention implementation {implementation!r} cannot serve: {reason}; take another, or 'auto' for "
+            "the best that can"
+        )
+    return implementation
+
+
+def check_implementation(name: str, known: dict[str, GauImplementation]) -> None:
+    """Refuse a schedule that does not exist."""
+    if name != "auto" and name not in known:
+        names = ", ".join(repr(each) for each in ("auto", *known))
+        raise ValueError(f"unknown gated attention implementation {name!r}; expected one of {names}")
