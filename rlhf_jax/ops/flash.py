@@ -31,13 +31,14 @@ class FlashImplementation:
     refusal: Callable[[GauCase], str | None]
     chunks: Callable[..., tuple[jax.Array, jax.Array]]
     packed: Callable[..., jax.Array] | None = None
+    suits: Callable[[GauCase], bool] = lambda case: True
 
 
 FLASH_IMPLEMENTATIONS: dict[str, FlashImplementation] = {
     "blocked": FlashImplementation(flash_blocked.refusal, flash_blocked.chunks, flash_blocked.packed),
     "reference": FlashImplementation(flash_reference.refusal, flash_reference.chunks, flash_reference.attend),
 }
-"""In the order in which ``auto`` takes the first that serves."""
+"""In the order in which ``auto`` takes the first that serves and suits."""
 
 
 def flash_attention(

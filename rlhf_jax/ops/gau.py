@@ -6,14 +6,15 @@ mask acts after the score, because a hidden key's score need not be 0. Softmax i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.ops import gau_reference
+from rlhf_jax.ops import gau_blocked, gau_reference
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.gau_terms import GauCase, Laplace, Relu2, Score
 
@@ -22,16 +23,18 @@ __all__ = ["GAU_IMPLEMENTATIONS", "GauCase", "GauImplementation", "Laplace", "Re
 
 @dataclass(frozen=True)
 class GauImplementation:
-    """A schedule: whether it can serve a case (None) or why not, and the computation."""
+    """A schedule: whether it can serve a case (None) or why not, the computation, and whether it suits ``auto``."""
 
     refusal: Callable[[GauCase], str | None]
     attend: Callable[..., jax.Array]
+    suits: Callable[[GauCase], bool] = lambda case: True
 
 
 GAU_IMPLEMENTATIONS: dict[str, GauImplementation] = {
+    "blocked": GauImplementation(gau_blocked.refusal, gau_blocked.attend, gau_blocked.suits),
     "reference": GauImplementation(gau_reference.refusal, gau_reference.attend),
 }
-"""In the order in which ``auto`` takes the first that serves."""
+"""In the order in which ``auto`` takes the first that serves and suits."""
 
 
 def gau_attention(
@@ -74,15 +77,15 @@ def gau_attention(
     return GAU_IMPLEMENTATIONS[name].attend(q, k, v, mask, divisor, bias, score=score, scale=scale)
 
 
-def choose(implementation: str, case: GauCase, known: dict[str, GauImplementation]) -> str:
-    """The implementation that serves this case: the named one, or with "auto" the first that can.
+def choose(implementation: str, case: GauCase, known: Mapping[str, Any]) -> str:
+    """The implementation that serves this case: the named one, or with "auto" the first that serves and suits.
 
     Raises:
         ValueError: the name is unknown, or the named implementation cannot serve; the message says why.
     """
     check_implementation(implementation, known)
     if implementation == "auto":
-        return next(name for name, each in known.items() if each.refusal(case) is None)
+        return next(name for name, each in known.items() if each.refusal(case) is None and each.suits(case))
     reason = known[implementation].refusal(case)
     if reason is not None:
         raise ValueError(
@@ -92,7 +95,7 @@ def choose(implementation: str, case: GauCase, known: dict[str, GauImplementatio
     return implementation
 
 
-def check_implementation(name: str, known: dict[str, GauImplementation]) -> None:
+def check_implementation(name: str, known: Mapping[str, Any]) -> None:
     """Refuse a schedule that does not exist."""
     if name != "auto" and name not in known:
         names = ", ".join(repr(each) for each in ("auto", *known))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class GauCase:
     state: bool = False
 
     @classmethod
-    def of(cls, q, k, v, score: Score, bias, mask: Mask | None = None, **more) -> GauCase:
+    def of(cls, q, k, v, score: Score, bias, mask: Mask | None = None, **more: Any) -> GauCase:
         """The case of these arguments on the device that JAX runs on by default."""
         platform, device = this_device()
         if mask is not None:
