@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         d_model: width of the residual stream.
         pattern: blocks that follow each other; the whole pattern is repeated.
         repeats: how often; the number of layers is ``repeats * len(pattern)``.
-        position: ``RoPE``, ``Learned``, ``Sinusoidal`` or None.
+        position: one of ``models.positions`` (``RoPE``, ``ALiBi``, ``Learned``, ``Sinusoidal``) or None.
         norm: ``LayerNorm`` or ``RMSNorm``, used for every norm of the model.
         prenorm: normalise what a layer reads; otherwise what it has written (GPT-1).
         final_norm: normalise before the unembedding.
@@ -122,6 +122,8 @@ class Transformer(nn.Module):
             raise ValueError(f"unknown remat policy {self.remat!r}; expected None or one of {REMAT_POLICIES}")
         for block in self.pattern:
             block.mixer.check(self.d_model)
+            if hasattr(block.mixer, "check_position"):
+                block.mixer.check_position(self.position, self.d_model)
         super().__post_init__()
 
     @property
