@@ -39,6 +39,9 @@ def test_gpt3_alternates_dense_and_banded_layers():
     model = presets.gpt3_175b()
     assert [block.mixer.window for block in model.pattern] == [None, 256]
     assert model.layers == 96 and model.pattern[1].mixer.width(model.d_model) == 128
+    dense = presets.gpt3_175b(banded=False)
+    assert [block.mixer.window for block in dense.pattern] == [None] and dense.layers == 96
+    assert dense.max_length == model.max_length == 2048 and count_params(dense) == count_params(model)
 
 
 def test_published_initialisation():

@@ -1,7 +1,8 @@
 """The GPT family as published: architectures and initialisation; weights come from ``models.huggingface``.
 
 GPT-2's and GPT-3's papers name no dropout; GPT-1's 0.1 acts everywhere. Change a field with
-``gpt2().clone(dtype=jnp.bfloat16)``.
+``gpt2().clone(dtype=jnp.bfloat16)``. GPT-3's layers alternate between dense and banded attention as published;
+``banded=False`` makes all of them dense, with the same parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rlhf_jax.models.positions import Learned
 from rlhf_jax.models.transformer import Block, Transformer
 
 GPT3_WINDOW = 256
-"""Width of GPT-3's banded layers. The paper does not publish it; 256 follows the Sparse Transformer's strides."""
+"""Width of GPT-3's banded layers: our choice, after the Sparse Transformer's strides, as the paper does not give it."""
 
 
 def gpt1() -> Transformer:
@@ -54,44 +55,44 @@ def gpt2_xl() -> Transformer:
     return _gpt2(layers=48, d_model=1600, heads=25)
 
 
-def gpt3_small() -> Transformer:
+def gpt3_small(banded: bool = True) -> Transformer:
     """125.2 million parameters (Brown et al. 2020, table 2.1)."""
-    return _gpt3(layers=12, d_model=768, heads=12)
+    return _gpt3(layers=12, d_model=768, heads=12, banded=banded)
 
 
-def gpt3_medium() -> Transformer:
+def gpt3_medium(banded: bool = True) -> Transformer:
     """355.9 million parameters."""
-    return _gpt3(layers=24, d_model=1024, heads=16)
+    return _gpt3(layers=24, d_model=1024, heads=16, banded=banded)
 
 
-def gpt3_large() -> Transformer:
+def gpt3_large(banded: bool = True) -> Transformer:
     """760.3 million parameters."""
-    return _gpt3(layers=24, d_model=1536, heads=16)
+    return _gpt3(layers=24, d_model=1536, heads=16, banded=banded)
 
 
-def gpt3_xl() -> Transformer:
+def gpt3_xl(banded: bool = True) -> Transformer:
     """1,315.7 million parameters, with 16 heads of 128: the table's 24 heads would give 1,517 million, not 1.3."""
-    return _gpt3(layers=24, d_model=2048, heads=16)
+    return _gpt3(layers=24, d_model=2048, heads=16, banded=banded)
 
 
-def gpt3_2_7b() -> Transformer:
+def gpt3_2_7b(banded: bool = True) -> Transformer:
     """2,651.6 million parameters."""
-    return _gpt3(layers=32, d_model=2560, heads=32)
+    return _gpt3(layers=32, d_model=2560, heads=32, banded=banded)
 
 
-def gpt3_6_7b() -> Transformer:
+def gpt3_6_7b(banded: bool = True) -> Transformer:
     """6,658 million parameters."""
-    return _gpt3(layers=32, d_model=4096, heads=32)
+    return _gpt3(layers=32, d_model=4096, heads=32, banded=banded)
 
 
-def gpt3_13b() -> Transformer:
+def gpt3_13b(banded: bool = True) -> Transformer:
     """12,853 million parameters, 5120 wide: the table's 5140 is not 40 heads of 128."""
-    return _gpt3(layers=40, d_model=5120, heads=40)
+    return _gpt3(layers=40, d_model=5120, heads=40, banded=banded)
 
 
-def gpt3_175b() -> Transformer:
+def gpt3_175b(banded: bool = True) -> Transformer:
     """174.6 billion parameters."""
-    return _gpt3(layers=96, d_model=12_288, heads=96)
+    return _gpt3(layers=96, d_model=12_288, heads=96, banded=banded)
 
 
 def _gpt2(layers: int, d_model: int, heads: int) -> Transformer:
@@ -107,10 +108,11 @@ def _gpt2(layers: int, d_model: int, heads: int) -> Transformer:
     )
 
 
-def _gpt3(layers: int, d_model: int, heads: int) -> Transformer:
+def _gpt3(layers: int, d_model: int, heads: int, banded: bool) -> Transformer:
     """GPT-2 with a context of 2048, in which every second layer sees a band only."""
-    dense = Attention(heads, qkv_bias=True, out_bias=True)
-    pattern = tuple(
-        Block(attention, MLP(4 * d_model, bias=True)) for attention in (dense, dense.clone(window=GPT3_WINDOW))
-    )
-    return _gpt2(layers, d_model, heads).clone(pattern=pattern, repeats=layers // 2, max_length=2048)
+    model = _gpt2(layers, d_model, heads).clone(max_length=2048)
+    if not banded:
+        return model
+    (dense,) = model.pattern
+    assert isinstance(dense.mixer, Attention)
+    return model.clone(pattern=(dense, dense.clone(mixer=dense.mixer.clone(window=GPT3_WINDOW))), repeats=layers // 2)
