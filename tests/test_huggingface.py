@@ -106,7 +106,7 @@ def gpt2_in_numpy(w, tokens):
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
-def llama_in_numpy(w, tokens):
+def llama_in_numpy(w, tokens, turn=lambda pair: 100.0 ** (-pair / 3), amplitude=1.0):
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w[f"model.{name}.weight"]
 
@@ -114,7 +114,8 @@ def llama_in_numpy(w, tokens):
         return x @ w[f"model.{name}.weight"].T + w.get(f"model.{name}.bias", 0.0)
 
     def rotate(x):
-        angles = np.arange(len(x))[:, None] * 100.0 ** (-np.arange(3) / 3)
+        angles = np.arange(len(x))[:, None] * np.array([turn(pair) for pair in range(3)])
+        x = amplitude * x
         one, two = x[:, :3], x[:, 3:]
         return np.concatenate(
             (one * np.cos(angles) - two * np.sin(angles), two * np.cos(angles) + one * np.sin(angles)), 1
@@ -164,6 +165,47 @@ def test_llama_equals_numpy(tmp_path, biases):
     np.testing.assert_allclose(logits_of(model, params, TOKENS)[0], llama_in_numpy(weights, TOKENS), atol=1e-4)
 
 
+def llama3_turn(pair):
+    """Of pairs that turn 8 / 2 pi = 1.27, 0.27 and 0.06 times in 8 tokens, the first two lie between the limits."""
+    plain = 100.0 ** (-pair / 3)
+    turns = 8 * plain / (2 * np.pi)
+    mixed = (turns - 0.1) / (2.0 - 0.1)
+    return plain / 4 if turns < 0.1 else mixed * plain + (1 - mixed) * plain / 4
+
+
+def yarn_turn(pair):
+    """The ramp runs from pair floor(6 ln(8 / 4 pi) / (2 ln 100)) -> 0 to ceil(6 ln(8 / 0.2 pi) / (2 ln 100)) = 2."""
+    share = [0.0, 1 / 2, 1.0][pair]
+    return 100.0 ** (-pair / 3) * (1 - share + share / 4)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 8, "low_freq_factor": 0.1,
+    "high_freq_factor": 2.0,
+}  # fmt: skip
+YARN = {
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2, "beta_slow": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "turn", "amplitude"),
+    [
+        ({"rope_scaling": LLAMA3}, llama3_turn, 1.0),
+        ({"rope_parameters": {"rope_theta": 100.0, **YARN}}, yarn_turn, 0.1 * np.log(4) + 1),
+        ({"rope_scaling": {**YARN, "attention_factor": 1.5}}, yarn_turn, 1.5),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, lambda pair: 100.0 ** (-pair / 3) / 2, 1.0),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, lambda pair: 100.0 ** (-pair / 3), 1.0),
+    ],
+    ids=["llama3", "yarn", "yarn-amplitude", "linear", "dynamic"],
+)
+def test_scaled_rotations_equal_numpy(tmp_path, fields, turn, amplitude):
+    weights = draw(llama_shapes())
+    model, params = import_folder(write(tmp_path, LLAMA | fields, weights))
+    expected = llama_in_numpy(weights, TOKENS, turn, amplitude)
+    np.testing.assert_allclose(logits_of(model, params, TOKENS)[0], expected, atol=1e-4)
+
+
 def test_shards_give_the_same_model(tmp_path):
     weights = draw(llama_shapes())
     _, whole = import_folder(write(tmp_path / "whole", LLAMA, weights))
@@ -211,8 +253,10 @@ def spoil(folder, change):
     [
         (lambda f, s, w: s.update(auto_map={"AutoModel": "x.Y"}), "run code of its own", REFUSED),
         (lambda f, s, w: s.update(model_type="bert"), "model_type is 'bert'", 2),
-        (lambda f, s, w: s.update(rope_scaling={"rope_type": "llama3", "factor": 8}), "rope scaling 'llama3'", 2),
-        (lambda f, s, w: s.update(rope_parameters={"rope_type": "yarn"}), "rope scaling 'yarn'", 2),
+        (lambda f, s, w: s.update(rope_scaling={"rope_type": "longrope"}), "rope scaling 'longrope'", 2),
+        (lambda f, s, w: s.update(rope_scaling={"type": "yarn"}), "factor is None; expected a positive", BAD_DATA),
+        (lambda f, s, w: s.update(rope_scaling=YARN | {"truncate": False}), "truncate is False", 2),
+        (lambda f, s, w: s.update(rope_scaling={**LLAMA3, "low_freq_factor": "1"}), "low_freq_factor is '1'", BAD_DATA),
         (lambda f, s, w: s.update(hidden_act="tanh"), "hidden_act is 'tanh'", 2),
         (lambda f, s, w: s.pop("hidden_size"), "hidden_size is None; expected a positive integer", BAD_DATA),
         (lambda f, s, w: s.update(num_attention_heads=3), "3 query heads are not a multiple of 2", None),
@@ -283,6 +327,14 @@ models = {
     "llama-tied-biased": t.LlamaForCausalLM(t.LlamaConfig(
         tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=16,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **llama)),
+    "llama3": t.LlamaForCausalLM(t.LlamaConfig(rope_parameters={
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8,
+        "low_freq_factor": 0.2, "high_freq_factor": 1.0}, **llama)),
+    "yarn": t.LlamaForCausalLM(t.LlamaConfig(rope_parameters={
+        "rope_type": "yarn", "rope_theta": 100.0, "factor": 3.0, "original_max_position_embeddings": 8,
+        "beta_fast": 2.0, "beta_slow": 0.1}, **llama)),
+    "linear": t.LlamaForCausalLM(t.LlamaConfig(rope_parameters={
+        "rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}, **llama)),
 }
 for name, model in models.items():
     for parameter in model.parameters():
@@ -305,7 +357,7 @@ def peers(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-exact-gelu", "llama", "llama-tied-biased"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-exact-gelu", "llama", "llama-tied-biased", "llama3", "yarn", "linear"])
 def test_logits_equal_those_of_transformers(peers, name):
     model, params = import_folder(peers / name)
     expected = np.load(peers / f"{name}.npy")

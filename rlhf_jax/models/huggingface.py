@@ -17,7 +17,7 @@ from rlhf_jax.models.ffn import MLP
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
 from rlhf_jax.models.mixers import Attention
 from rlhf_jax.models.parameters import abstract_params
-from rlhf_jax.models.positions import Learned, RoPE
+from rlhf_jax.models.positions import DynamicNTK, Learned, Linear, Llama3, RoPE, YaRN
 from rlhf_jax.models.tensors import Tensors, read_json
 from rlhf_jax.models.transformer import Block, Transformer
 from rlhf_jax.types import PyTree
@@ -139,11 +139,6 @@ def _gpt2_rest(model: Transformer, tensors: Tensors) -> PyTree:
 
 
 def _llama_model(settings: _Settings) -> Transformer:
-    rope = settings.get("rope_parameters", None) or settings.get("rope_scaling", None) or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise UserError(f"rope scaling {scaling!r} is not supported", at=str(settings.path), expected="unscaled RoPE",
-                        fix="import a model without it, such as Llama 2")  # fmt: skip
     bias = settings.get("attention_bias", False)
     heads = settings.number("num_attention_heads")
     attention = Attention(
@@ -164,10 +159,41 @@ def _llama_model(settings: _Settings) -> Transformer:
         d_model=settings.number("hidden_size"),
         pattern=(Block(attention, mlp),),
         repeats=settings.number("num_hidden_layers"),
-        position=RoPE(base=float(rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))),
+        position=_rope(settings),
         norm=RMSNorm(eps=settings.get("rms_norm_eps", 1e-6)),
         max_length=settings.number("max_position_embeddings"),
         tie_embeddings=settings.get("tie_word_embeddings", False),
+    )
+
+
+def _rope(settings: _Settings) -> RoPE:
+    """Rotation with its rule of extrapolation, under the names of older files and of newer ones."""
+    found = settings.get("rope_parameters", None) or settings.get("rope_scaling", None) or {}
+    rope, limit = _Settings(found, settings.path), settings.number("max_position_embeddings")
+    rope.refuse("partial_rotary_factor", 1.0)
+    base = rope.positive("rope_theta", settings.positive("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
+        raise UserError(f"rope scaling {kind!r} is not supported", at=str(settings.path),
+                        expected="default, linear, dynamic, yarn or llama3")  # fmt: skip
+    if kind == "default":
+        return RoPE(base)
+    factor = rope.positive("factor")
+    if kind == "linear":
+        return RoPE(base, scaling=Linear(factor))
+    if kind == "dynamic":  # scales beyond max_position_embeddings alone, that is, where max_length is raised
+        return RoPE(base, scaling=DynamicNTK(limit, factor))
+    if kind == "llama3":
+        turns = (rope.positive("low_freq_factor"), rope.positive("high_freq_factor"))
+        return RoPE(base, scaling=Llama3(factor, rope.number("original_max_position_embeddings"), *turns))
+    rope.refuse("truncate", True)
+    for name in ("mscale", "mscale_all_dim"):
+        rope.refuse(name, None)
+    length = rope.number("original_max_position_embeddings", limit)
+    turns = (rope.positive("beta_fast", 32.0), rope.positive("beta_slow", 1.0))
+    given = rope.get("attention_factor", None)
+    return RoPE(
+        base, scaling=YaRN(factor, length, *turns, None if given is None else rope.positive("attention_factor"))
     )
 
 
@@ -229,6 +255,13 @@ class _Settings:
             raise UserError(f"{name} is {value!r}", at=str(self.path), expected="a positive integer",
                             exit_code=BAD_DATA)  # fmt: skip
         return value
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{name} is {value!r}", at=str(self.path), expected="a positive number",
+                            exit_code=BAD_DATA)  # fmt: skip
+        return float(value)
 
     def activation(self, name: str) -> str:
         value = self.found.get(name)
