@@ -3,12 +3,14 @@
 from rlhf_jax.models.ffn import MLP, GeGLU, SwiGLU
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
-from rlhf_jax.models.mixers import Attention
+from rlhf_jax.models.mixers import FLASH, GAU, Attention
 from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, count_params, init_params
 from rlhf_jax.models.positions import NTK, ALiBi, DynamicNTK, Learned, Linear, Llama3, RoPE, Sinusoidal, YaRN
 from rlhf_jax.models.transformer import Block, Transformer, empty_cache, split_rounds
 
 __all__ = [
+    "FLASH",
+    "GAU",
     "MLP",
     "NTK",
     "ALiBi",

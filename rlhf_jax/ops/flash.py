@@ -90,8 +90,10 @@ def flash_attention(
     divisor = jnp.pad(divisor, ((0, 0), (0, missing)), constant_values=1.0)
     if context.packed:
         assert serving.packed is not None
-        where = [jnp.pad(x, ((0, 0), (0, missing))) for x in (context.positions, context.segments)]
-        out = serving.packed(*padded, Context(*where), divisor, bias, chunk=chunk, score=score, scale=scale)
+        positions, segments = (jnp.pad(x, ((0, 0), (0, missing))) for x in (context.positions, context.segments))
+        out = serving.packed(
+            *padded, Context(positions, segments), divisor, bias, chunk=chunk, score=score, scale=scale
+        )
     else:
         lengths = jnp.sum(context.segments != 0, axis=1)
         state = jnp.zeros((rows, width, v.shape[-1]), wide)

@@ -1,7 +1,7 @@
 """Gated attention tile by tile: O(T + S) memory, and only the tiles that a mask shows are visited.
 
-Nothing has to be rescaled on the way, as it does in softmax attention: the output is a plain sum over tiles of keys, and
-the backward pass computes the scores of a tile again.
+Nothing has to be rescaled on the way, as it has to in softmax attention: the output is a plain sum over the tiles of
+keys, and the backward pass computes the scores of a tile again.
 """
 
 from __future__ import annotations

@@ -5,5 +5,18 @@ state of one layer, ``check`` refuses a model width that it cannot serve.
 """
 
 from rlhf_jax.models.mixers.attention import Attention
+from rlhf_jax.models.mixers.flash import FLASH
+from rlhf_jax.models.mixers.gated import Constant, Count, Length, Rotary, SoftmaxPlus, Toeplitz
+from rlhf_jax.models.mixers.gau import GAU
 
-__all__ = ["Attention"]
+__all__ = [
+    "FLASH",
+    "GAU",
+    "Attention",
+    "Constant",
+    "Count",
+    "Length",
+    "Rotary",
+    "SoftmaxPlus",
+    "Toeplitz",
+]
