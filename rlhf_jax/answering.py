@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ def answer(
     temperature: float | None = None,
     seed: int = 0,
     number: int = 1,
+    known: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """``number`` responses to each prompt, which is put into the run's chat format as a user's turn.
 
@@ -40,15 +42,16 @@ def answer(
         temperature: 0 is greedy; None for the experiment's own.
         seed: of the sampling.
         number: responses to each prompt.
+        known: the user's own classes in the experiment by name, as for ``config.revive``.
     """
-    experiment = read_experiment(run_dir)
+    experiment = read_experiment(run_dir, known)
     workspace = experiment.workspace(run_dir)
     policy = _policy(workspace, stage)
     assert isinstance(policy.model, Transformer)
-    known = [s.sampling for s in experiment.stages if isinstance(s, Reinforce)]
+    samplings = [s.sampling for s in experiment.stages if isinstance(s, Reinforce)]
     if experiment.evaluation is not None:
-        known.append(experiment.evaluation.sampling)
-    base = known[-1] if known else Sampling(max_new_tokens=64)
+        samplings.append(experiment.evaluation.sampling)
+    base = samplings[-1] if samplings else Sampling(max_new_tokens=64)
     changes: dict = {"samples_per_prompt": number}
     if max_new_tokens is not None:
         changes["max_new_tokens"] = max_new_tokens

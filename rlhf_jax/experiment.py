@@ -126,9 +126,11 @@ def run(
         return _conclude(experiment, workspace, directory, announce)
 
 
-def evaluate(run_dir: Path, announce: Callable[[str], None] = log.info) -> dict[str, Any]:
-    """Evaluate the finished stages of a run again."""
-    experiment = read_experiment(run_dir)
+def evaluate(
+    run_dir: Path, announce: Callable[[str], None] = log.info, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Evaluate the finished stages of a run again; ``known`` as for ``read_experiment``."""
+    experiment = read_experiment(run_dir, known)
     workspace = experiment.workspace(run_dir)
     if experiment.evaluation is None:
         raise UserError("the experiment has no evaluation", at=str(run_dir), expected="an Evaluation in its config()",
@@ -137,9 +139,14 @@ def evaluate(run_dir: Path, announce: Callable[[str], None] = log.info) -> dict[
         return _conclude(experiment, workspace, directory, announce)
 
 
-def read_experiment(run_dir: Path) -> Experiment:
-    """The experiment that a run directory was made for, from its ``config.json``."""
-    experiment = config.revive(read_config(run_dir))
+def read_experiment(run_dir: Path, known: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment that a run directory was made for, from its ``config.json``.
+
+    Args:
+        run_dir: of the run.
+        known: classes of the user's own by name, as for ``config.revive``.
+    """
+    experiment = config.revive(read_config(run_dir), known)
     if not isinstance(experiment, Experiment):
         raise UserError(f"holds a {type(experiment).__name__}", at=str(run_dir), expected="an Experiment",
                         fix="name a run directory")  # fmt: skip

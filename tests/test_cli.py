@@ -124,7 +124,7 @@ def test_show_sweep_sample_and_eval_hand_on_their_words(file, calls, capsys):
     assert program.main(words) == 0
     _, arguments, options = calls.pop()
     assert arguments == (Path("r"), ("a", "[b]"))
-    assert options == {"stage": "sft", "max_new_tokens": None, "temperature": 0.0, "seed": 0, "number": 2}
+    assert options == {"stage": "sft", "max_new_tokens": None, "temperature": 0.0, "seed": 0, "number": 2, "known": {}}
     assert "answer to [b]" in capsys.readouterr().out
     assert program.main(["eval", "r"]) == 0
     assert "0.8 [0.7, 0.9]" in capsys.readouterr().out

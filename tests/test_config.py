@@ -213,11 +213,6 @@ def test_assignments_are_read_from_words():
             config.parse_assignments(words)
 
 
-def as_experiment(*values: type) -> config.ConfigFile:
-    """This test module in the role of the experiment file that defines the classes above."""
-    return config.ConfigFile(Path(__file__), sys.modules[values[0].__module__])
-
-
 @pytest.fixture
 def own_module(monkeypatch):
     """File the classes of this module under the experiment, as those of a loaded file are."""
@@ -234,7 +229,8 @@ def test_describe_and_revive_are_inverse(own_module):
     )
     described = json.loads(json.dumps(config.describe(value), allow_nan=False))
     assert described == config.describe(value)
-    assert config.revive(described, own_module) == value
+    assert config.revive(described, config.names_in(own_module)) == value
+    assert config.revive(described, config.names(value)) == value
     assert described["class"] == "experiment:Experiment"
     assert described["model"]["mixer"]["activation"] == {"function": "jax.nn:gelu"}
     assert "parent" not in described["model"] and "name" not in described["model"]
@@ -347,7 +343,7 @@ def test_a_file_is_loaded_with_classes_of_its_own(tmp_path):
     file = config.load(path)
     value = file.config()
     assert config.override(value, {"lr": "2"}).lr == 2.0
-    assert config.revive(config.describe(value), file) == value
+    assert config.revive(config.describe(value), config.names_in(file)) == value
     assert file.sweep() == [
         ("seed=0,lr=1e-2", {"seed": 0, "lr": "1e-2"}),
         ("seed=1,lr=1e-2", {"seed": 1, "lr": "1e-2"}),

@@ -28,6 +28,7 @@ Set = Annotated[
     arg(name="set", metavar="PATH=VALUE", help="Change fields of the configuration, such as seed=1."),
 ]
 RunDir = Annotated[Positional[Path], arg(metavar="RUN_DIR", help="Directory of a run.")]
+Again = Annotated[Path | None, arg(metavar="FILE", help="The run's experiment file, if it defines classes of its own.")]
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Sample:
     temperature: Annotated[float | None, arg(help="0 is greedy; default as in the experiment.")] = None
     seed: int = 0
     number: Annotated[int, arg(aliases=["-n"], help="Responses to each prompt.")] = 1
+    experiment: Again = None
 
     def run(self) -> None:
         from rich.console import Console
@@ -150,6 +152,7 @@ class Sample:
             temperature=self.temperature,
             seed=self.seed,
             number=self.number,
+            known=_known(self.experiment),
         )
         console = Console(highlight=False)
         for prompt, answers in zip(self.prompt, responses, strict=True):
@@ -163,6 +166,7 @@ class Eval:
     """Repeat the evaluation at the end of a run."""
 
     run_dir: RunDir
+    experiment: Again = None
 
     def run(self) -> None:
         from rich.console import Console
@@ -174,7 +178,7 @@ class Eval:
         from rlhf_jax.runs.read import final_numbers
 
         table = Table("number", "value")
-        for name, number in final_numbers(evaluate(self.run_dir)).items():
+        for name, number in final_numbers(evaluate(self.run_dir, known=_known(self.experiment))).items():
             table.add_row(Text(name), Text(number_text(number)))
         Console().print(table)
 
@@ -227,6 +231,16 @@ def _resolved(path: Path, words: tuple[tuple[str, ...], ...]) -> tuple[ConfigFil
     overrides = config.parse_assignments(word for group in words for word in group)
     file = config.load(path)
     return file, config.override(file.config(), overrides), overrides
+
+
+def _known(path: Path | None) -> dict[str, Any]:
+    """The user's own classes by name, from the experiment file that was named again."""
+    from rlhf_jax import config
+
+    if path is None:
+        return {}
+    file = config.load(path)
+    return config.names(file.config()) | config.names_in(file)
 
 
 def _run_experiment(

@@ -4,7 +4,7 @@ A configuration is a frozen value (dataclasses, Linen modules, tuples, scalars).
 configured and never imports JAX.
 """
 
-from rlhf_jax.config.description import describe, fingerprint, revive
+from rlhf_jax.config.description import describe, fingerprint, names, names_in, revive
 from rlhf_jax.config.difference import ABSENT, diff, differences, flatten
 from rlhf_jax.config.loading import ConfigFile, load
 from rlhf_jax.config.overrides import override, parse_assignments
@@ -22,5 +22,7 @@ __all__ = [
     "load",
     "override",
     "parse_assignments",
+    "names",
+    "names_in",
     "revive",
 ]

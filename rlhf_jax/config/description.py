@@ -104,26 +104,54 @@ def _function_name(function: Any, at: str) -> str:
     return f"{_module_name(function.__module__)}:{name}"
 
 
-def revive(description: Any, experiment: ConfigFile | None = None, at: str = "") -> Any:
-    """The value that ``description`` describes, built of this package's own classes alone.
+def names(value: Any) -> dict[str, Any]:
+    """The classes and functions in ``value`` by the names that ``describe`` gives them."""
+    if is_node(value):
+        found = {_class_name(type(value)): type(value)}
+        for name in field_names(value):
+            found |= names(getattr(value, name))
+        return found
+    if isinstance(value, enum.Enum):
+        return {_class_name(type(value)): type(value)}
+    if isinstance(value, Mapping):
+        return names((*value.keys(), *value.values()))
+    if isinstance(value, tuple | list):
+        return {name: named for element in value for name, named in names(element).items()}
+    if callable(value) and hasattr(value, "__qualname__") and not isinstance(value, type) and not is_dtype(value):
+        return {_function_name(value, ""): value}
+    return {}
+
+
+def names_in(file: ConfigFile) -> dict[str, Any]:
+    """The classes and functions that an experiment file defines, by the names that ``describe`` gives them."""
+    return {
+        f"{EXPERIMENT}:{name}": named
+        for name, named in vars(file.module).items()
+        if callable(named) and _module_name(str(getattr(named, "__module__", ""))) == EXPERIMENT
+    }
+
+
+def revive(description: Any, known: Mapping[str, Any] | None = None, at: str = "") -> Any:
+    """The value that ``description`` describes, built of this package's own classes and those of ``known`` alone.
 
     Args:
         description: what ``describe`` returned, possibly by way of a file that somebody else wrote.
-        experiment: the experiment file that the user named again, for classes that it defines.
+        known: the user's own classes and functions by name: ``names`` of a value that the user made, or ``names_in``
+            an experiment file that the user named.
 
     Raises:
         UserError: for a class or function from anywhere else, or fields that the class does not have.
     """
     if isinstance(description, list):
-        return tuple(revive(element, experiment, f"{at}.{index}") for index, element in enumerate(description))
+        return tuple(revive(element, known, f"{at}.{index}") for index, element in enumerate(description))
     if not isinstance(description, dict):
         return description
     tag = "class" if "class" in description else next(iter(_TAGS.intersection(description)), None)
     body = {key: element for key, element in description.items() if key != tag}
     if tag is None:
-        return {key: revive(element, experiment, f"{at}.{key}") for key, element in description.items()}
+        return {key: revive(element, known, f"{at}.{key}") for key, element in description.items()}
     if tag == "items":
-        return {revive(key, experiment, at): revive(element, experiment, at) for key, element in description[tag]}
+        return {revive(key, known, at): revive(element, known, at) for key, element in description[tag]}
     if tag == "path":
         return Path(description[tag])
     if tag == "float":
@@ -131,13 +159,13 @@ def revive(description: Any, experiment: ConfigFile | None = None, at: str = "")
     if tag == "dtype":
         return _revive_dtype(description[tag], at)
     if tag == "function":
-        return _named(description[tag], experiment, at, functions=True)
-    cls = _named(description[tag], experiment, at)
+        return _named(description[tag], known, at, functions=True)
+    cls = _named(description[tag], known, at)
     if tag == "enum" and isinstance(cls, type) and issubclass(cls, enum.Enum):
         return _revive_member(cls, description.get("member"), at)
     if tag != "class" or not isinstance(cls, type) or not hasattr(cls, "__dataclass_fields__"):
         raise _unreadable(at, f"{description[tag]!r} is not a class of configurations")
-    return _build(cls, {name: revive(field, experiment, f"{at}.{name}") for name, field in body.items()}, at)
+    return _build(cls, {name: revive(field, known, f"{at}.{name}") for name, field in body.items()}, at)
 
 
 def _build(cls: type, fields: dict[str, Any], at: str) -> Any:
@@ -160,9 +188,11 @@ def _revive_dtype(name: Any, at: str) -> Any:
     return found
 
 
-def _named(name: Any, experiment: ConfigFile | None, at: str, functions: bool = False) -> Any:
+def _named(name: Any, known: Mapping[str, Any] | None, at: str, functions: bool = False) -> Any:
+    if known is not None and name in known:
+        return known[name]
     module_name, _, qualname = str(name).partition(":")
-    found: Any = _trusted_module(module_name, experiment, at, functions)
+    found: Any = _trusted_module(module_name, at, functions)
     outside = module_name in _FUNCTION_HOMES
     for part in qualname.split("."):
         inside = isinstance(found, type | ModuleType) and not part.startswith("__")
@@ -175,16 +205,14 @@ def _named(name: Any, experiment: ConfigFile | None, at: str, functions: bool = 
     return found
 
 
-def _trusted_module(name: str, experiment: ConfigFile | None, at: str, functions: bool) -> ModuleType:
+def _trusted_module(name: str, at: str, functions: bool) -> ModuleType:
     if name == EXPERIMENT:
-        if experiment is None:
-            raise UserError(
-                "the configuration uses a class of its own experiment file",
-                at=at.lstrip("."),
-                fix="name that file again; the copy in the run directory is never imported",
-                exit_code=REFUSED,
-            )
-        return experiment.module
+        raise UserError(
+            "the configuration uses a class of its own experiment file",
+            at=at.lstrip("."),
+            fix="name that file again (--experiment FILE); the copy in the run directory is never imported",
+            exit_code=REFUSED,
+        )
     if name.split(".")[0] != PACKAGE and not (functions and name in _FUNCTION_HOMES):
         raise UserError(
             f"refusing to load {name!r}",

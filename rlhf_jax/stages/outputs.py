@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,21 @@ def is_output(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def load_output(folder: Path) -> Output:
-    """Read what ``save_output`` wrote; a damaged file is an error that names it."""
+def load_output(folder: Path, known: Mapping[str, Any] | None = None) -> Output:
+    """Read what ``save_output`` wrote; a damaged file is an error that names it.
+
+    Args:
+        folder: the output.
+        known: the user's own classes in it by name, as for ``config.revive``.
+    """
     if not is_output(folder):
         raise UserError("no model was saved here", at=str(folder), expected=f"a folder with {MODEL_FILE}",
                         fix="run the stage that makes it, or name another folder", exit_code=MISSING_INPUT)  # fmt: skip
     try:
         described = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-        model, notes = config.revive(described["model"]), described["notes"]
+        model, notes = config.revive(described["model"], known), described["notes"]
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as fault:
         raise UserError(f"damaged ({type(fault).__name__}: {fault})", at=str(folder / MODEL_FILE),
                         expected="a description of a model", fix="run the stage again",

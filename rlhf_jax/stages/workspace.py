@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
+from rlhf_jax import config
 from rlhf_jax.data.readers import Records
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import MISSING_INPUT, UserError
@@ -161,7 +162,7 @@ class Workspace:
                             expected="an earlier stage", fix="change the order of the stages")  # fmt: skip
         folder = self.locate(reference, at)
         if folder is not None:
-            self._checked(load_output(folder), at, folder, kind)
+            self._checked(load_output(folder, config.names(self.model)), at, folder, kind)
 
     def output(self, reference: str, at: str, kind: type[Model] | None = None) -> Output:
         """What a stage left; ``at`` is the field that names it, ``kind`` what it must be."""
@@ -171,7 +172,7 @@ class Workspace:
                 f"stage {reference!r} has not been run in {self.folder}", at=at, expected="its output",
                 fix=f"run it first (--only {reference}), or name the output of another run", exit_code=MISSING_INPUT,
             )  # fmt: skip
-        return self._checked(load_output(folder), at, folder, kind)
+        return self._checked(load_output(folder, config.names(self.model)), at, folder, kind)
 
     def _checked(self, output: Output, at: str, folder: Path, kind: type[Model] | None) -> Output:
         if kind is not None and not isinstance(output.model, kind):
