@@ -7,7 +7,7 @@ The choice of tiles and of the layout of arrays stays with each kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,25 @@ class Plan:
     sloped: bool
     head_axis: int
     interpret: bool = False
+    backward_tiles: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, mask: Mask, terms: Terms, query_tile: int, key_tile: int, head_axis: int, interpret: bool) -> Plan:
+    def of(cls, mask: Mask, terms: Terms, query_tile: int, key_tile: int, **rest) -> Plan:
         """The plan of a call."""
         static = Terms(scale=terms.scale, softcap=terms.softcap)
-        return cls(query_tile, key_tile, static, mask.rule, terms.slopes is not None, head_axis, interpret)
+        return cls(query_tile, key_tile, static, mask.rule, terms.slopes is not None, **rest)
+
+    @property
+    def backward(self) -> Plan:
+        """The plan of the gradient, whose tiles may be other ones."""
+        if self.backward_tiles is None:
+            return self
+        return replace(self, query_tile=self.backward_tiles[0], key_tile=self.backward_tiles[1])
+
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """What the lengths of queries and keys are padded to multiples of; tiles are powers of two or equal."""
+        return max(self.query_tile, self.backward.query_tile), max(self.key_tile, self.backward.key_tile)
 
 
 @struct.dataclass
@@ -53,22 +66,20 @@ class Visits:
 
 @struct.dataclass
 class Scene:
-    """Who sees whom, in the form that kernels read."""
+    """Who sees whom, in the form that kernels read; the mask is padded as the plan says."""
 
     queries: Int[Array, "B 4 T"]
     keys: Int[Array, "B 2 S"]
-    blocks: Int[Array, "B n m"]
+    mask: Mask
     slopes: Float[Array, " H"]
 
-    @property
-    def by_query(self) -> Visits:
+    def by_query(self, plan: Plan) -> Visits:
         """The tiles of keys that each tile of queries visits."""
-        return visits(self.blocks)
+        return visits(self.mask.blocks(plan.query_tile, plan.key_tile))
 
-    @property
-    def by_key(self) -> Visits:
+    def by_key(self, plan: Plan) -> Visits:
         """The tiles of queries that each tile of keys visits."""
-        return visits(self.blocks.swapaxes(1, 2))
+        return visits(self.mask.blocks(plan.query_tile, plan.key_tile).swapaxes(1, 2))
 
 
 def visits(blocks: Int[Array, "B n m"]) -> Visits:
@@ -80,15 +91,15 @@ def visits(blocks: Int[Array, "B n m"]) -> Visits:
 
 
 def scene(plan: Plan, mask: Mask, terms: Terms, heads: int) -> Scene:
-    """The mask, padded to the tiles, as arrays of positions and kinds of tiles."""
-    mask = mask.padded(plan.query_tile, plan.key_tile)
+    """The mask, padded to the tiles, as arrays of positions."""
+    mask = mask.padded(*plan.multiples)
     # A key of segment 0 must not meet the queries of segment 0.
     segments = jnp.where(mask.key_segments == 0, -1, mask.key_segments)
     queries = (mask.query_positions, mask.start, mask.end, mask.query_segments)
     return Scene(
         queries=jnp.stack(queries, axis=1).astype(jnp.int32),
         keys=jnp.stack((mask.key_positions, segments), axis=1).astype(jnp.int32),
-        blocks=mask.blocks(plan.query_tile, plan.key_tile),
+        mask=mask,
         slopes=jnp.zeros(heads, jnp.float32) if terms.slopes is None else terms.slopes.astype(jnp.float32),
     )
 
@@ -145,7 +156,7 @@ def differentiable(
         d_out, d_lse = cotangents
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
         safe = jnp.where(lse <= HIDDEN / 2, 0.0, lse)
-        dq, dk, dv = backward(plan, q, k, v, scene, safe, delta, d_out)
+        dq, dk, dv = backward(plan.backward, q, k, v, scene, safe, delta, d_out)
         by_head = jnp.expand_dims(sinks, [at for at in range(3) if at != plan.head_axis])
         d_sinks = -jnp.sum(jnp.exp(by_head - safe) * delta, axis=[at for at in range(3) if at != plan.head_axis])
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
@@ -158,3 +169,10 @@ def differentiable(
 def sinks_of(terms: Terms, heads: int) -> Float[Array, " H"]:
     """The logit of each head's sink; without any, one that weighs exactly nothing."""
     return jnp.full(heads, HIDDEN, jnp.float32) if terms.sink_logits is None else terms.sink_logits.astype(jnp.float32)
+
+
+def product(a, b, contracted: tuple[int, int]):
+    """``a b`` in fp32, over one axis of each; fp32 operands keep their full precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms
 from rlhf_jax.ops.kernels import tiles
-from rlhf_jax.ops.kernels.tiles import Plan, Scene, Visits
+from rlhf_jax.ops.kernels.tiles import Plan, Scene, Visits, product
 
 LANES = 128
 LARGEST_TILE = 512
@@ -97,13 +97,6 @@ def prefetched(visits: Visits) -> tuple[Array, Array, Array]:
     return visits.order.reshape(-1), visits.partial.reshape(-1), visits.total.reshape(-1)
 
 
-def product(a, b, contracted: tuple[int, int]):
-    """``a b`` in fp32, over one axis of each; fp32 operands keep their full precision."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def scene_of(queries, keys):
     """Rows of query facts and columns of key facts, as they broadcast against a transposed tile."""
     return tuple(queries[0, at : at + 1, :] for at in range(4)), tuple(keys[0, :, at : at + 1] for at in range(2))
@@ -166,7 +159,8 @@ def _forward(plan: Plan, q, k, v, sinks, scene: Scene):
     rows, heads, length, width = q.shape
     groups, _, value_width = v.shape[1:]
     per_group = heads // groups
-    tile_count, steps = scene.blocks.shape[1:]
+    visits = scene.by_query(plan)
+    tile_count, steps = visits.order.shape[1:]
 
     def of_query(row, head, tile, step, *lists):
         return row, head, tile, 0
@@ -205,7 +199,7 @@ def _forward(plan: Plan, q, k, v, sinks, scene: Scene):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=plan.interpret,
         name="attention_forward",
-    )(*prefetched(scene.by_query), q, k, v, scene.queries, scene.keys.swapaxes(1, 2), scene.slopes, sinks)
+    )(*prefetched(visits), q, k, v, scene.queries, scene.keys.swapaxes(1, 2), scene.slopes, sinks)
     return out, lse[:, :, 0]
 
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ops.kernels import tiles
-from rlhf_jax.ops.kernels.tiles import Plan, Scene
-from rlhf_jax.ops.kernels.tpu_attention import branches, prefetched, product, scene_of, visited
+from rlhf_jax.ops.kernels.tiles import Plan, Scene, product
+from rlhf_jax.ops.kernels.tpu_attention import branches, prefetched, scene_of, visited
 
 
 def _tile_gradient(plan: Plan, q, k, v, d_out, facts, slope, lse, delta, masked: bool):
     """Weights and the cotangent of the unscaled products of one transposed tile."""
-    logits, plain = tiles.tile_logits(plan, product(k, q, (1, 1)), *facts, slope, masked)
+    logits, plain = tiles.tile_logits(plan, product(k, q, (1, 1)), facts[0], facts[1], slope, masked)
     weights = jnp.exp(logits - lse)
     d_logits = weights * (product(v, d_out, (1, 1)) - delta)
     return weights, plan.terms.logits_gradient(plain, d_logits)
@@ -93,7 +93,7 @@ def gradients(plan: Plan, q, k, v, scene: Scene, lse, delta, cotangent):
     rows, heads, length, width = q.shape
     groups, _, value_width = v.shape[1:]
     per_group = heads // groups
-    query_tiles, key_tiles = scene.blocks.shape[1:]
+    query_tiles, key_tiles = length // plan.query_tile, k.shape[2] // plan.key_tile
     vectors = [x[:, :, None, :] for x in (lse, delta)]
     inputs = (q, k, v, cotangent.astype(q.dtype), *vectors, scene.queries, scene.keys.swapaxes(1, 2), scene.slopes)
 
@@ -137,7 +137,7 @@ def gradients(plan: Plan, q, k, v, scene: Scene, lse, delta, cotangent):
         compiler_params=semantics,
         interpret=plan.interpret,
         name="attention_queries_gradient",
-    )(*prefetched(scene.by_query), *inputs)
+    )(*prefetched(scene.by_query(plan)), *inputs)
 
     def queries_of(row, group, tile, number, *lists):
         head = group * per_group + number // query_tiles
@@ -162,5 +162,5 @@ def gradients(plan: Plan, q, k, v, scene: Scene, lse, delta, cotangent):
         compiler_params=semantics,
         interpret=plan.interpret,
         name="attention_keys_gradient",
-    )(*prefetched(scene.by_key), *inputs)
+    )(*prefetched(scene.by_key(plan)), *inputs)
     return dq, dk, dv
