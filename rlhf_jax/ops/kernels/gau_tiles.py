@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.ops.attention.masks import ALL, NOTHING, Mask, Rule
 from rlhf_jax.ops.gau_terms import LAPLACE_MEAN, LAPLACE_STD, Laplace, Score
+from rlhf_jax.types import Context
 
 POSITION, START, END, SEGMENT = 0, 1, 2, 3
 """Lines of the facts of queries."""
@@ -97,6 +98,50 @@ def shown(walk: Walk, rows, columns):
     return inside & (queries[SEGMENT] == keys[KEY_SEGMENT])
 
 
-def padded_tokens(x: Float[Array, "B T width"], tile: int) -> Float[Array, "B padded width"]:
-    """Zeros behind the tokens, up to a multiple of the tile."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0)))
+def chunk_mask(position: Int[Array, "B T"], document: Int[Array, "B T"], chunk: int) -> Mask:
+    """Each token sees itself and what is before it in its document's chunk of ``chunk`` positions."""
+    start = position // chunk * chunk
+    return Mask(start, position + 1, position, document, position, document)
+
+
+@struct.dataclass
+class Documents:
+    """How packed rows pass through tiles of ``chunk`` slots: ``here`` and ``near`` are seen directly, the rest of a
+    document by those that are ``readable`` through a state that takes up what is ``kept`` and begins anew unless
+    ``keep``."""
+
+    here: Mask
+    near: Mask
+    readable: Bool[Array, "B T"]
+    kept: Bool[Array, "B T"]
+    keep: Float[Array, "B G"]
+
+
+def documents(context: Context, chunk: int) -> Documents:
+    """The places of documents that each lie in their row without a gap and in order.
+
+    Tokens more than a tile apart are never in one chunk. So a tile sees itself and the tile before it directly: pairs
+    of one chunk are ``here``, pairs of two are ``near``. When a tile is read, the state holds what the document that
+    was open at the end of the tile before the last has there and earlier.
+    """
+    position, segment = context.positions, context.segments
+    rows, length = position.shape
+    # Neighbours with one segment are one document unless the positions start again.
+    follows = (segment[:, 1:] == segment[:, :-1]) & (position[:, 1:] == position[:, :-1] + 1)
+    document = jnp.cumsum(jnp.pad(~follows, ((0, 0), (1, 0)), constant_values=True), axis=1) * (segment != 0)
+    slot = jnp.arange(length)
+    first_near = jnp.maximum(position - slot + (slot // chunk - 1) * chunk, 0)
+    near = Mask(first_near, position // chunk * chunk, position, document, position, document)
+    last = document.reshape(rows, -1, chunk)[:, :, -1]
+    before, before_that = (jnp.pad(last, ((0, 0), (tiles, 0)))[:, : last.shape[1]] for tiles in (1, 2))
+
+    def by_token(x):
+        return jnp.repeat(x, chunk, axis=1)
+
+    return Documents(
+        here=chunk_mask(position, document, chunk),
+        near=near,
+        readable=(document == by_token(before_that)) & (document != 0),
+        kept=document == by_token(last),
+        keep=(last == before).astype(jnp.float32),
+    )

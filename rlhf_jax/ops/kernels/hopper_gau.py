@@ -1,33 +1,18 @@
-"""Gated attention on Hopper GPUs through Pallas Mosaic GPU: an implementation of ``gau_attention``, with its gradient.
-
-Forward is one weighted sum, backward three passes without atomics: the same sum by key for the values, and one pass
-each for queries and keys. Memory is linear in the length: nothing between queries and keys is kept.
-"""
+"""Gated attention on Hopper GPUs through Pallas Mosaic GPU: an implementation of ``gau_attention``."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import jax
 from jaxtyping import Array, Float
 
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.gau_terms import GauCase, Score
-from rlhf_jax.ops.kernels import hopper_gau_mix, hopper_gau_pull
-from rlhf_jax.ops.kernels.gau_tiles import Linear, padded_tokens, walk
+from rlhf_jax.ops.kernels import gau_schedule
+from rlhf_jax.ops.kernels.hopper_flash_states import states
+from rlhf_jax.ops.kernels.hopper_gau_mix import COLUMN_TILE, ROW_TILE, VALUE_TILE, WIDTH, mix
+from rlhf_jax.ops.kernels.hopper_gau_pull import TILE, pull
 
-WIDTH, VALUE_TILE = hopper_gau_mix.WIDTH, hopper_gau_mix.VALUE_TILE
-TILE = 128
-"""Lengths are padded to multiples of this."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The static facts of one call."""
-
-    score: Score | Linear
-    scale: float
-    interpret: bool = False
+KERNELS = gau_schedule.Kernels(mix, pull, states, (ROW_TILE, COLUMN_TILE), (TILE, TILE))
 
 
 def refusal(case: GauCase) -> str | None:
@@ -68,52 +53,6 @@ def attend(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T E"]:
-    """See ``gau_attention``; sums in fp32, weights and gradients of logits enter the products in bfloat16."""
+    """See ``gau_attention``; sums in fp32, weights and the gradients of logits enter products in bfloat16."""
     assert bias is None
-    length = q.shape[1]
-    q, k, v = (padded_tokens(x, TILE) for x in (q, k, v))
-    sums = weighted_sum(Plan(score, scale, interpret), q, k, v, mask.padded(TILE, TILE))[:, :length]
-    return (sums / normaliser[..., None]).astype(q.dtype)
-
-
-def _weighted_sum(
-    plan: Plan, q: Float[Array, "B T 128"], k: Float[Array, "B S 128"], v: Float[Array, "B S E"], mask: Mask
-) -> Float[Array, "B T E"]:
-    """Gated attention without its normaliser, ``(plan, q, k, v, mask)``; lengths are multiples of ``TILE``."""
-    by_query = walk(mask, hopper_gau_mix.ROW_TILE, hopper_gau_mix.COLUMN_TILE, by_query=True)
-    return hopper_gau_mix.mix(q, k, v, by_query, plan.score, plan.scale, interpret=plan.interpret)
-
-
-weighted_sum = jax.custom_vjp(_weighted_sum, nondiff_argnums=(0,))
-
-
-def _forward(plan: Plan, q, k, v, mask: Mask):
-    return _weighted_sum(plan, q, k, v, mask), (q, k, v, mask)
-
-
-def _backward(plan: Plan, residuals, cotangent):
-    q, k, v, mask = residuals
-    return *gradients(plan, q, k, v, mask, cotangent), None
-
-
-weighted_sum.defvjp(_forward, _backward)
-
-
-def gradients(
-    plan: Plan,
-    q: Float[Array, "B T 128"],
-    k: Float[Array, "B S 128"],
-    v: Float[Array, "B S E"],
-    mask: Mask,
-    cotangent: Float[Array, "B T E"],
-    far: tuple[Float[Array, "B S 128"], Float[Array, "B G 128 E"]] | None = None,
-) -> tuple[Float[Array, "B T 128"], Float[Array, "B S 128"], Float[Array, "B S E"]]:
-    """The gradients of queries, keys and values; ``far`` is added to those of the values as in ``mix``."""
-    mix_tiles = hopper_gau_mix.ROW_TILE, hopper_gau_mix.COLUMN_TILE
-    pull_tiles = hopper_gau_pull.TILE, hopper_gau_pull.TILE
-    terms = {"score": plan.score, "scale": plan.scale, "interpret": plan.interpret}
-    by_query, by_key = (walk(mask, *pull_tiles, by_query=side) for side in (True, False))
-    dq = hopper_gau_pull.pull(q, k, cotangent, v, by_query, **terms)
-    dk = hopper_gau_pull.pull(k, q, v, cotangent, by_key, **terms)
-    dv = hopper_gau_mix.mix(k, q, cotangent, walk(mask, *mix_tiles, by_query=False), far=far, **terms)
-    return dq, dk, dv
+    return gau_schedule.attend(gau_schedule.Plan(KERNELS, score, scale, interpret), q, k, v, mask, normaliser)

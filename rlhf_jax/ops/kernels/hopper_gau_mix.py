@@ -36,9 +36,8 @@ def mix(
     walk: Walk,
     score: Score | Linear,
     scale: float,
-    far: tuple[Float[Array, "B R 128"], Float[Array, "B G 128 E"]] | None = None,
-    *,
-    interpret: bool = False,
+    far: tuple[Float[Array, "B R 128"], Float[Array, "B G 128 E"]] | None,
+    interpret: bool,
 ) -> Float[Array, "B R E"]:
     """``score(scale rows columns') values`` over what the walk shows, summed in fp32.
 

@@ -35,8 +35,7 @@ def pull(
     walk: Walk,
     score: Score | Linear,
     scale: float,
-    *,
-    interpret: bool = False,
+    interpret: bool,
 ) -> Float[Array, "B R 128"]:
     """The gradient of the rows; arguments as in ``mix``, the walk over tiles of ``TILE`` rows and columns."""
     pl, plgpu = mosaic()
