@@ -91,13 +91,11 @@ def attention_by_loop(q, k, v, seen, scale):
 
 
 def strided(stride, implementation="auto"):
-    return quick(functools.partial(strided_attention, terms=TERMS, stride=stride, implementation=implementation))
+    return functools.partial(strided_attention, terms=TERMS, stride=stride, implementation=implementation)
 
 
 def fixed(block, columns, implementation="auto"):
-    return quick(
-        functools.partial(fixed_attention, terms=TERMS, block=block, columns=columns, implementation=implementation)
-    )
+    return functools.partial(fixed_attention, terms=TERMS, block=block, columns=columns, implementation=implementation)
 
 
 def dense(context, size, columns=None):
@@ -119,7 +117,7 @@ def test_patterns_equal_a_plain_loop(rows, size, columns):
         (fixed(size, columns), functools.partial(fixed_sees, block=size, columns=columns)),
     ):
         expected = attention_by_loop(q, k, v, seen_by_loop(context, sees), TERMS.scale)
-        np.testing.assert_allclose(sparse(q, k, v, context), expected, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(quick(sparse)(q, k, v, context), expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("rows", ["packed", "ragged"])
@@ -155,9 +153,9 @@ def test_softcap_and_slopes_reach_every_part(kind):
 
 
 def visible(attend, length):
-    """Whom each token sees, read off the output: all logits are equal, and token ``s`` has the unit vector ``s`` as value."""
+    """Whom each token sees, read off the output: logits are equal, and token ``s`` has unit vector ``s`` as value."""
     context, zeros = Context.of_lengths(jnp.array([length]), length), jnp.zeros((1, length, 1, 1))
-    return np.asarray(attend(zeros, zeros, jnp.eye(length)[None, :, None], context)[0, :, 0] > 0)
+    return np.asarray(quick(attend)(zeros, zeros, jnp.eye(length)[None, :, None], context)[0, :, 0] > 0)
 
 
 @pytest.mark.parametrize("length", [1, 16, 37, 64])
@@ -175,7 +173,7 @@ def test_two_layers_reach_every_token_of_the_past(length):
 
 @pytest.mark.parametrize("kind", ["strided", "fixed"])
 def test_the_future_changes_no_bit_of_the_past(kind):
-    attend, context = {"strided": strided(4), "fixed": fixed(4, 2)}[kind], ROWS["ragged"]
+    attend, context = quick({"strided": strided(4), "fixed": fixed(4, 2)}[kind]), ROWS["ragged"]
     operands = draw(context)
     before = attend(*operands, context)
     for t in (3, 4, 7, 8, 13):
@@ -185,7 +183,7 @@ def test_the_future_changes_no_bit_of_the_past(kind):
 
 @pytest.mark.parametrize("kind", ["strided", "fixed"])
 def test_padding_and_other_documents_do_not_matter(kind):
-    attend, context = {"strided": strided(4), "fixed": fixed(4, 2)}[kind], ROWS["packed"]
+    attend, context = quick({"strided": strided(4), "fixed": fixed(4, 2)}[kind]), ROWS["packed"]
     operands = draw(context)
     own = (context.segments == 2)[..., None, None]
     out = attend(*operands, context)
@@ -245,6 +243,6 @@ def test_own_blocks_may_begin_anywhere_in_a_tile():
     """A later piece of a document: positions from 6 on, in slots from 0 on."""
     context = Context(jnp.arange(6, 17, dtype=jnp.int32)[None], jnp.ones((1, 11), jnp.int32))
     q, k, v = draw(context)
-    out, _ = own_block_attention(q, k, v, context, TERMS, block=4)
+    out, _ = quick(functools.partial(own_block_attention, terms=TERMS, block=4))(q, k, v, context)
     seen = seen_by_loop(context, lambda at, key: key <= at and key // 4 == at // 4)
     np.testing.assert_allclose(out, attention_by_loop(q, k, v, seen, TERMS.scale), rtol=2e-5, atol=2e-6)

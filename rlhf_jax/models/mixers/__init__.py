@@ -8,15 +8,19 @@ from rlhf_jax.models.mixers.attention import Attention
 from rlhf_jax.models.mixers.flash import FLASH
 from rlhf_jax.models.mixers.gated import Constant, Count, Length, Rotary, SoftmaxPlus, Toeplitz
 from rlhf_jax.models.mixers.gau import GAU
+from rlhf_jax.models.mixers.sparse import Fixed, Parallel, Strided
 
 __all__ = [
-    "FLASH",
-    "GAU",
     "Attention",
     "Constant",
     "Count",
+    "FLASH",
+    "Fixed",
+    "GAU",
     "Length",
+    "Parallel",
     "Rotary",
     "SoftmaxPlus",
+    "Strided",
     "Toeplitz",
 ]
