@@ -9,23 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.ops.attention import reference
+from rlhf_jax.ops.attention import blocked, reference
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A schedule: whether it can serve a case (None) or why not, and the computation."""
+    """A schedule: whether it can serve a case (None) or why not, the computation, and whether it suits ``auto``."""
 
     refusal: Callable[[Case], str | None]
     attend: Callable[..., tuple[jax.Array, jax.Array]]
+    suits: Callable[[Case], bool] = lambda case: True
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "blocked": Implementation(blocked.refusal, blocked.attend, blocked.suits),
     "reference": Implementation(reference.refusal, reference.attend),
 }
-"""In the order in which ``auto`` takes the first that serves."""
+"""In the order in which ``auto`` takes the first that serves and suits."""
 
 
 def attention(
@@ -107,7 +109,8 @@ def choose(implementation: str, case: Case) -> str:
     """
     check_implementation(implementation)
     if implementation == "auto":
-        return next(name for name, each in IMPLEMENTATIONS.items() if _refusal(name, each, case) is None)
+        serving = (name for name, each in IMPLEMENTATIONS.items() if _refusal(name, each, case) is None)
+        return next(name for name in serving if IMPLEMENTATIONS[name].suits(case))
     reason = _refusal(implementation, IMPLEMENTATIONS[implementation], case)
     if reason is not None:
         raise ValueError(
