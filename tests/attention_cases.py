@@ -33,6 +33,16 @@ def lowering_for(platform: str, kind: str) -> contextlib.AbstractContextManager:
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, 1, platform)))
 
 
+def pretend_a_gpu(monkeypatch, capability: str) -> None:
+    """Let refusals see a GPU of this compute capability."""
+
+    class Device:
+        compute_capability = capability
+        device_kind = f"GPU of {capability}"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+
+
 @dataclass(frozen=True)
 class Problem:
     """One attention: shapes, mask and terms."""

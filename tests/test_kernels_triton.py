@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import PROBLEMS, Problem, check, documents, lowering_for
+from attention_cases import PROBLEMS, Problem, check, documents, lowering_for, pretend_a_gpu
 
 from rlhf_jax.ops.attention import Case, Rule
 from rlhf_jax.ops.kernels import triton_attention
@@ -77,20 +77,21 @@ SERVED = Case("gpu", "NVIDIA A100", 2, 1000, 1000, 8, 2, 96, 128, "bfloat16", ru
         ({"length": 1 << 21}, "at most 2147483647 entries, got 4294967296"),
     ],
 )
-def test_refusals_say_why(change, reason):
+def test_refusals_say_why(monkeypatch, change, reason):
+    pretend_a_gpu(monkeypatch, "8.0")
     assert triton_attention.refusal(SERVED) is None
     assert reason in str(triton_attention.refusal(replace(SERVED, **change)))
 
 
 def test_a_jax_without_triton_is_refused(monkeypatch):
+    pretend_a_gpu(monkeypatch, "8.0")
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
     assert "has no Pallas:Triton any more" in str(triton_attention.refusal(SERVED))
 
 
-def test_an_old_gpu_is_refused(monkeypatch):
-    class Old:
-        compute_capability = "7.5"
-
-    monkeypatch.setattr(jax, "devices", lambda: [Old()])
-    assert "compute capability 8.0, the device has 7.5" in str(triton_attention.refusal(SERVED))
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_an_old_or_other_gpu_is_refused(monkeypatch, capability):
+    pretend_a_gpu(monkeypatch, capability)
+    reason = str(triton_attention.refusal(SERVED))
+    assert f"compute capability 8.0 or more, and this is 'GPU of {capability}'" in reason

@@ -176,3 +176,11 @@ def product(a, b, contracted: tuple[int, int]):
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def compute_capability() -> float | None:
+    """Of the NVIDIA GPU that JAX runs on by default; None on any other device."""
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", "none"))
+    except ValueError:
+        return None

@@ -31,9 +31,9 @@ def missing() -> str | None:
         from jax.experimental.pallas import triton  # noqa: F401
     except ImportError:
         return f"JAX {jax.__version__} has no Pallas:Triton any more"
-    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
-    if float(capability) < 8.0:
-        return f"it needs compute capability 8.0, the device has {capability}"
+    capability = tiles.compute_capability()
+    if capability is None or capability < 8.0:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {jax.devices()[0].device_kind!r}"
     return None
 
 
