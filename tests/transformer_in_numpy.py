@@ -7,7 +7,40 @@ import math
 import jax
 import numpy as np
 
-from rlhf_jax.models import Learned, RMSNorm, RoPE, Sinusoidal, Transformer
+from rlhf_jax.models import NTK, ALiBi, DynamicNTK, Learned, Linear, RMSNorm, RoPE, Sinusoidal, Transformer, YaRN
+
+
+def frequencies_by_loop(rule, width: int, base: float, length: int = 0) -> list[float]:
+    """Each rule, written a second time from its paper: the frequency of each pair."""
+    found = []
+    for i in range(width // 2):
+        plain = base ** (-2 * i / width)
+        if rule is None:
+            found.append(plain)
+            continue
+        turns = getattr(rule, "original_length", 0) * plain / (2 * math.pi)
+        if isinstance(rule, Linear):
+            plain = plain / rule.factor
+        elif isinstance(rule, NTK):
+            plain = (base * rule.factor ** (width / (width - 2))) ** (-2 * i / width)
+        elif isinstance(rule, DynamicNTK):
+            alpha = rule.factor * max(length, rule.original_length) / rule.original_length - (rule.factor - 1)
+            plain = (base * alpha ** (width / (width - 2))) ** (-2 * i / width)
+        elif isinstance(rule, YaRN):
+            low, high = (
+                width * math.log(rule.original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+                for turns in (rule.fast, rule.slow)
+            )
+            low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+            kept = 1 - min(max((i - low) / (high - low), 0), 1)
+            plain = plain * kept + plain / rule.factor * (1 - kept)
+        elif turns < rule.low:
+            plain = plain / rule.factor
+        elif turns < rule.high:
+            smooth = (turns - rule.low) / (rule.high - rule.low)
+            plain = (1 - smooth) * plain / rule.factor + smooth * plain
+        found.append(plain)
+    return found
 
 
 def in_numpy(model: Transformer, params, tokens):
@@ -24,18 +57,17 @@ def in_numpy(model: Transformer, params, tokens):
     def cap(x, limit):
         return x if limit is None else limit * np.tanh(x / limit)
 
-    def rotated(x):
+    def rotated(x, places, length):
+        """Rows of ``x`` at these places, in a text of so many tokens."""
         if not isinstance(model.position, RoPE):
             return x
-        half = x.shape[1] // 2
-        turn = np.exp(1j * places[:, None] * model.position.base ** (-np.arange(half) / half))
-        one, two = (x[:, 0::2], x[:, 1::2]) if model.position.interleaved else (x[:, :half], x[:, half:])
-        turned, out = (one + 1j * two) * turn, np.empty_like(x)
-        parts = (
-            (slice(0, None, 2), slice(1, None, 2)) if model.position.interleaved else (slice(half), slice(half, None))
-        )
-        out[:, parts[0]], out[:, parts[1]] = turned.real, turned.imag
-        return out
+        half, rule = x.shape[1] // 2, model.position.scaling
+        turn = np.exp(1j * places[:, None] * frequencies_by_loop(rule, 2 * half, model.position.base, length))
+        near, far = (slice(0, None, 2), slice(1, None, 2)), (slice(half), slice(half, None))
+        one, two = near if model.position.interleaved else far
+        turned, out = (x[:, one] + 1j * x[:, two]) * turn, np.empty_like(x)
+        out[:, one], out[:, two] = turned.real, turned.imag
+        return out * (0.1 * math.log(rule.factor) + 1 if isinstance(rule, YaRN) else 1)
 
     def mix(x, mixer, weights):
         qkv = np.einsum("te,e...->t...", x, weights["qkv"]) + weights.get("qkv_bias", 0.0)
@@ -44,11 +76,15 @@ def in_numpy(model: Transformer, params, tokens):
             q, k, v = (qkv[:, head // per_group, at] for at in (head % per_group, per_group, per_group + 1))
             if mixer.qk_norm:
                 q, k = norm(q, weights["query_norm"], rms=True), norm(k, weights["key_norm"], rms=True)
-            scores = cap(rotated(q) @ rotated(k).T / np.sqrt(q.shape[1]), mixer.softcap)
             for t in places:
-                first = 0 if mixer.window is None else max(0, t - mixer.window + 1)
-                seen = np.exp(scores[t, first : t + 1])
-                y[t] += seen @ v[first : t + 1] / seen.sum() @ weights["out"][head]
+                turned = rotated(q[t : t + 1], places[t : t + 1], t + 1)[0], rotated(k, places, t + 1)
+                scores = cap(turned[1] @ turned[0] / np.sqrt(q.shape[1]), mixer.softcap)
+                if isinstance(model.position, ALiBi):
+                    scores = scores - 2.0 ** (-8 * (head + 1) / mixer.heads) * (t - places)
+                near = places > t - (len(tokens) if mixer.window is None else mixer.window)
+                seen = np.exp(scores) * ((near | (places < mixer.sinks)) & (places <= t))
+                total = seen.sum() + (np.exp(weights["sink_logits"][head]) if mixer.sink_logits else 0.0)
+                y[t] += seen @ v / total @ weights["out"][head]
         return y
 
     def feed(x, ffn, weights):
