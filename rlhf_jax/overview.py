@@ -20,6 +20,7 @@ from rich.tree import Tree
 from rlhf_jax import config
 from rlhf_jax.experiment import AnyStage, Experiment
 from rlhf_jax.models import ScalarModel, Transformer, abstract_params, count_params, empty_cache
+from rlhf_jax.stages.plans import stage_plan
 from rlhf_jax.stages.ppo import Reinforce
 from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.training.step import init_state
@@ -117,6 +118,10 @@ def show(experiment: Experiment, console: Console | None = None) -> None:
     console.print(table)
     for stage in experiment.stages:
         console.print(Text.assemble((f"{stage.name}: ", "bold"), stage_size(stage, experiment.model).batch))
+    for stage in experiment.stages:
+        for layer, uses in stage_plan(stage, experiment.model).items():
+            words = ", ".join(f"{use} {name}" for use, name in uses.items())
+            console.print(Text.assemble((f"{stage.name}, layer {layer} of the pattern: ", "bold"), words))
     console.print(
         f"The language model has {count_params(experiment.model):,} parameters in {experiment.model.layers} layers. "
         "Memory counts what lives through a whole stage; gradients take as much as the trained parameters, and "

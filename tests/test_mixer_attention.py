@@ -24,7 +24,10 @@ from rlhf_jax.models import (
     boxed_abstract_params,
     empty_cache,
     init_params,
+    plan,
 )
+from rlhf_jax.models.mixers import attention as mixer_module
+from rlhf_jax.ops.attention import dispatch
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.scoring import response_logprobs
 from rlhf_jax.types import Context, PromptBatch
@@ -294,6 +297,40 @@ def test_dropout_acts_in_every_path(name, tokens):
     exact, _ = quick(call(plain))(params, tokens, WHOLE)
     still, _ = quick(call(model))(params, tokens, WHOLE)
     np.testing.assert_array_equal(still, exact)
+
+
+class Still(nn.Module):
+    """A mixer that has nothing to choose."""
+
+    def check(self, d_model):
+        pass
+
+
+def test_a_plan_names_what_runs():
+    """What ``auto`` gets on a CPU, from the sizes of each use; a mixer without a choice is left out."""
+    long, small = (plan(VARIANTS["ring"], 2, length, device=("cpu", "cpu")) for length in (4096, 24))
+    assert small == {"0 Attention": {"training": "reference", "prefill": "reference", "decode": "reference"}}
+    assert long["0 Attention"] == {"training": "blocked", "prefill": "blocked", "decode": "reference"}
+    turning = plan(VARIANTS["dynamic"], 2, 4096, device=("cpu", "cpu"))["0 Attention"]
+    assert turning["training"] == "reference", "one query at a time"
+    dropping = model_of(Attention(4, dropout=0.1), RoPE())
+    assert plan(dropping, 2, 4096, device=("cpu", "cpu"))["0 Attention"]["training"] == "reference"
+    assert plan(Transformer(VOCAB, WIDTH, (Block(Still()),)), 2, 4096) == {}
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi", "dynamic-ring"])
+def test_a_plan_is_about_what_attention_meets(name, monkeypatch, tokens):
+    """Its cases are those of the calls in training and prefill; keys that each query turns are met one at a time."""
+    met, planned, model = [], [], VARIANTS[name]
+    monkeypatch.setattr(dispatch, "choose", lambda _, case: met.append(case) or "reference")
+    monkeypatch.setattr(mixer_module, "choose", lambda _, case: planned.append(case) or "reference")
+    plan(model, 3, LENGTH)
+    params = draw_params(model)
+    jax.eval_shape(call(model), params, tokens, WHOLE)
+    assert met[-1] == planned[0]
+    if name != "dynamic-ring":  # decoded there
+        jax.eval_shape(call(model), params, tokens, WHOLE, empty_cache(model, 3, LENGTH))
+        assert met[-1] == planned[1]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
 from rlhf_jax.models.mixers import FLASH, GAU, Attention
 from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, count_params, init_params
+from rlhf_jax.models.plans import Plan, plan
 from rlhf_jax.models.positions import NTK, ALiBi, DynamicNTK, Learned, Linear, Llama3, RoPE, Sinusoidal, YaRN
 from rlhf_jax.models.transformer import Block, Transformer, empty_cache, split_rounds
 
@@ -22,6 +23,7 @@ __all__ = [
     "Learned",
     "Linear",
     "Llama3",
+    "Plan",
     "RMSNorm",
     "RoPE",
     "ScalarModel",
@@ -34,5 +36,6 @@ __all__ = [
     "count_params",
     "empty_cache",
     "init_params",
+    "plan",
     "split_rounds",
 ]

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.layers import RMSNorm, Shared, parameter, product
+from rlhf_jax.models.layers import RMSNorm, Shared, Style, parameter, product
 from rlhf_jax.models.mixers.caches import Kept, ring
 from rlhf_jax.models.positions import ALiBi, Position, RoPE
 from rlhf_jax.ops.attention import (
+    Case,
     Mask,
     Rule,
     Terms,
     alibi_slopes,
     attention,
     check_implementation,
+    choose,
     decode_attention,
 )
 from rlhf_jax.types import Context, PyTree
@@ -116,11 +118,44 @@ class Attention(nn.Module):
         shape = (rows, self.groups, slots, width)
         return {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
 
+    def plan(
+        self, rows: int, length: int, d_model: int, style: Style, platform: str, device: str, packed: bool = False
+    ) -> dict[str, str]:
+        """The implementation that each use of this layer gets, by name: "training", "prefill" and "decode".
+
+        Args:
+            rows: of a batch.
+            length: of a row, and slots of the cache.
+            d_model: width of the model.
+            style: of the model.
+            platform: "cpu", "gpu" or "tpu".
+            device: its own name, see ``Case``.
+            packed: whether rows may hold several documents in training.
+
+        Raises:
+            ValueError: the named implementation cannot serve one of the uses.
+        """
+        width, position = self.width(d_model), style.position
+        alone = isinstance(position, RoPE) and position.by_query and not position.unscaled(length)
+        kept = length if self.window is None else min(self.sinks + self.window, length)
+        case = Case(
+            platform, device, rows, 1 if alone else length, length, self.heads, self.groups, width, width,
+            jnp.dtype(style.dtype).name, rule=Rule(sinks=self.sinks), window=self.window, aligned=not (packed or alone),
+            softcap=self.softcap is not None, slopes=isinstance(position, ALiBi), sink_logits=self.sink_logits,
+        )  # fmt: skip
+        chunk = length if self.window is None else kept + length
+        uses = {
+            "training": dataclasses.replace(case, dropout=self.dropout > 0.0),
+            "prefill": dataclasses.replace(case, slots=chunk, aligned=False),
+            "decode": dataclasses.replace(case, length=1, slots=kept, aligned=False),
+        }
+        return {use: choose(self.implementation, each) for use, each in uses.items()}
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], shared: Shared, cache: PyTree | None = None
     ) -> tuple[Float[Array, "B T E"], PyTree | None]:
-        queries, keys = shared.queries, shared.keys
+        queries = keys = shared.queries  # one value, by which masks know that keys are the queries' own tokens
         rope = shared.style.position if isinstance(shared.style.position, RoPE) else None
         q, k, v = self._project(x, shared)
         if self.qk_norm:
@@ -132,7 +167,7 @@ class Attention(nn.Module):
         attend = functools.partial(self._attend, terms=terms, decoding=cache is not None and drop is None)
         if rope is not None and rope.by_query:
             # Positions lie below the number of slots of the layout that all layers share.
-            attend = functools.partial(_attend_turning, attend, rope, rope.unscaled(keys.positions.shape[1]))
+            attend = functools.partial(_attend_turning, attend, rope, rope.unscaled(shared.keys.positions.shape[1]))
         if cache is not None:
             k, v, keys, cache = self._remember(k, v, shared, cache)
         return self._merge(attend(q, k, v, queries, keys, drop), x.shape[-1], shared), cache
