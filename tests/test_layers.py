@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("objectives",),
     ("training",),
-    ("evaluation",),
+    ("evaluation", "checks"),
     ("runs",),
     ("stages", "experiment", "answering", "overview"),
     ("cli", "__main__"),

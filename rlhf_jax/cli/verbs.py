@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
 
@@ -196,6 +196,22 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Measure whether what this package computes is right on this device: errors beside the bounds they must keep."""
+
+    what: Annotated[Positional[Literal["attention"]], arg(help="All implementations and mixers of attention.")]
+    json: Annotated[Path | None, arg(metavar="FILE", help="Write every measurement into this file.")] = None
+    dtypes: Annotated[
+        tuple[Literal["float32", "bfloat16", "float16"], ...], arg(help="Of the inputs; default all.")
+    ] = ("float32", "bfloat16", "float16")
+
+    def run(self) -> None:
+        from rlhf_jax.cli.check import check_attention
+
+        check_attention(self.json, self.dtypes)
+
+
+@dataclass(frozen=True)
 class Import:
     """Read a local Hugging Face folder (GPT-2 or Llama, safetensors) and save it as a model of this package."""
 
@@ -220,6 +236,7 @@ VERBS = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Check, subcommand("check")]
     | Annotated[Import, subcommand("import")]
 )
 

@@ -1,0 +1,84 @@
+"""The laws of attention over every implementation that serves here, and over every mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from rlhf_jax.checks.attention import LAWS, measure
+from rlhf_jax.checks.layouts import Layout, documents
+from rlhf_jax.checks.mixers import MIXER_LAWS, measure_mixer
+from rlhf_jax.checks.problems import Refused, Shape, draw, runner
+from rlhf_jax.checks.samples import SAMPLES
+from rlhf_jax.models import mixers
+from rlhf_jax.ops.attention import IMPLEMENTATIONS
+
+
+def quick(function):
+    """Compile with little optimisation: these programs run a few times, on a few numbers."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def refusal(name: str) -> str | None:
+    """Why an implementation does not even serve a plain case on this device."""
+    layout, shape = Layout(documents(7)), Shape(dtype="bfloat16")
+    try:
+        runner(IMPLEMENTATIONS[name], shape, lambda function: function)(draw(layout, shape), layout)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+REFUSALS = {name: refusal(name) for name in IMPLEMENTATIONS}
+SERVING = [name for name, reason in REFUSALS.items() if reason is None]
+ELSEWHERE = [name for name, reason in REFUSALS.items() if reason is not None]
+NARROW = ("packed window", "sinks", "empty rows", "head grouping", "log-sum-exp", "soft-cap")
+
+
+def check(found):
+    """Every measurement keeps its bound; skips where all were refused."""
+    assert found
+    if all(each.refusal is not None for each in found):
+        pytest.skip(found[0].refusal)
+    assert [each for each in found if not each.passed] == []
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", SERVING)
+def test_implementations_keep_the_law(name, law):
+    check(measure(name, IMPLEMENTATIONS[name], law, "float32", quick))
+
+
+@pytest.mark.parametrize("law", NARROW)
+@pytest.mark.parametrize("name", SERVING)
+def test_implementations_keep_the_law_in_bfloat16(name, law):
+    check(measure(name, IMPLEMENTATIONS[name], law, "bfloat16", quick))
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_does_not_run_here_says_why(name):
+    reason = REFUSALS[name]
+    assert reason is not None and len(reason.split()) > 2
+    found = measure(name, IMPLEMENTATIONS[name], "causal", "bfloat16", quick)
+    assert [each.refusal for each in found] == [reason] and found[0].error is None
+
+
+@pytest.mark.parametrize("law", MIXER_LAWS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_mixers_keep_the_law(name, law):
+    check(measure_mixer(SAMPLES[name], law, quick))
+
+
+@pytest.mark.parametrize("law", ["prefill = decode", "packing"])
+@pytest.mark.parametrize("name", ["window and sinks", "strided", "GAU"])
+def test_mixers_keep_the_law_by_tiles(name, law):
+    (mixer,) = SAMPLES[name].mixers
+    tiled = dataclasses.replace(SAMPLES[name], mixers=(mixer.clone(implementation="blocked"),))
+    check(measure_mixer(tiled, law, quick))
+
+
+def test_every_kind_of_mixer_has_a_sample():
+    kinds = {kind for kind in vars(mixers).values() if isinstance(kind, type) and hasattr(kind, "empty_cache")}
+    assert kinds == {type(mixer) for sample in SAMPLES.values() for mixer in sample.mixers}
