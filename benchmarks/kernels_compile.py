@@ -39,6 +39,7 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
+XLAS_OWN = re.compile("fusion|^wrapped_|^sort_")
 TPU_SLICE = "v5p:2x2x1"
 SETTINGS = {
     H200: {
@@ -189,9 +190,9 @@ def mosaic_kernels(log: str) -> list[Compiled]:
 
 
 def triton_kernels(thunks: str) -> list[Compiled]:
-    """From XLA's list of launches, which knows the shared memory alone; XLA's own kernels are called fusions."""
+    """From XLA's list of launches, which knows the shared memory alone; without XLA's own kernels."""
     launches = re.findall(r"kCustomKernel[^\n]*?(\S+) grid:[^\n]*shared_memory: (\d+) bytes", thunks)
-    return [Compiled(name, shared=int(shared)) for name, shared in launches if "fusion" not in name]
+    return [Compiled(name, shared=int(shared)) for name, shared in launches if not XLAS_OWN.search(name)]
 
 
 if __name__ == "__main__":
