@@ -144,3 +144,9 @@ def test_the_state_does_not_grow():
 def test_what_cannot_be_is_refused_at_construction(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_plan_names_what_each_use_gets():
+    for packed in (False, True):
+        plan = FLASH(key_dim=6, chunk=8).plan(2, 30, laws.WIDTH, Style(), "cpu", "cpu", packed=packed)
+        assert plan == {"training": "blocked", "prefill": "blocked"}

@@ -15,6 +15,7 @@ from rlhf_jax.models import GAU, DynamicNTK, RoPE, empty_cache, init_params
 from rlhf_jax.models.mixers import Constant, Count, Length, Rotary, SoftmaxPlus, Toeplitz
 from rlhf_jax.models.mixers.gated import document_lengths
 from rlhf_jax.models.positions import ALiBi, YaRN
+from rlhf_jax.ops.attention import IMPLEMENTATIONS
 from rlhf_jax.ops.gau import Laplace, Relu2
 from rlhf_jax.types import Context
 
@@ -197,3 +198,13 @@ def test_what_cannot_be_is_refused_at_construction(build, message):
 
 def test_the_scores_are_values():
     assert GAU(score=Relu2()) == GAU() != GAU(score=Laplace())
+
+
+def test_the_plan_names_what_each_use_gets():
+    style = laws.Style()
+    long = GAU(key_dim=6, window=8).plan(2, 4096, laws.WIDTH, style, "cpu", "cpu")
+    assert long == {"training": "blocked", "prefill": "blocked", "decode": "reference"}
+    named = GAU(key_dim=6, implementation="reference").plan(2, 4096, laws.WIDTH, style, "cpu", "cpu", packed=True)
+    assert set(named.values()) == {"reference"}
+    softmax = GAU(key_dim=6, score=SoftmaxPlus()).plan(2, 16, laws.WIDTH, style, "cpu", "cpu")
+    assert set(softmax) == {"training", "prefill", "decode"} and set(softmax.values()) <= set(IMPLEMENTATIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -12,7 +14,7 @@ from rlhf_jax.models.mixers.gated import Bias, Constant, Count, Rotary
 from rlhf_jax.models.positions import Position
 from rlhf_jax.ops.flash import FLASH_IMPLEMENTATIONS, flash_attention
 from rlhf_jax.ops.flash_state import FlashState, extend
-from rlhf_jax.ops.gau import Relu2, Score, check_implementation
+from rlhf_jax.ops.gau import GauCase, Relu2, Score, check_implementation, choose
 from rlhf_jax.types import PyTree
 
 
@@ -68,6 +70,20 @@ class FLASH(nn.Module):
         """A matrix and one chunk of tokens a row, however many slots there are (fewer tokens if ``slots`` is)."""
         width = unit.value_width(self.expansion, d_model)
         return FlashState.empty(rows, min(self.chunk, slots), self.key_dim, width, dtype)
+
+    def plan(
+        self, rows: int, length: int, d_model: int, style: Style, platform: str, device: str, packed: bool = False
+    ) -> dict[str, str]:
+        """The implementation that training and prefill get, decoding has none to choose; as in ``Attention.plan``."""
+        length = -(-length // self.chunk) * self.chunk
+        case = GauCase(
+            platform, device, rows, length, length, self.key_dim, unit.value_width(self.expansion, d_model),
+            jnp.dtype(style.dtype).name, self.score,
+            bias=self.bias is not None, aligned=not packed, chunk=self.chunk, packed=packed,
+        )  # fmt: skip
+        prefill = dataclasses.replace(case, aligned=True, packed=False, state=True)
+        uses = {"training": case, "prefill": prefill}
+        return {use: choose(self.implementation, each, FLASH_IMPLEMENTATIONS) for use, each in uses.items()}
 
     @nn.compact
     def __call__(

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.layers import Shared
+from rlhf_jax.models.layers import Shared, Style
 from rlhf_jax.models.mixers import gated as unit
 from rlhf_jax.models.mixers.caches import Kept, ring
-from rlhf_jax.models.mixers.gated import Bias, Constant, Count, Length, Normaliser, SoftmaxPlus, Toeplitz
+from rlhf_jax.models.mixers.gated import Bias, Constant, Count, Length, Normaliser, Rotary, SoftmaxPlus, Toeplitz
 from rlhf_jax.models.positions import Position
 from rlhf_jax.ops import attention as softmax
-from rlhf_jax.ops.attention import Mask, Terms, decode_attention
-from rlhf_jax.ops.gau import GAU_IMPLEMENTATIONS, Relu2, Score, check_implementation, gau_attention
+from rlhf_jax.ops.attention import Case, Mask, Terms, decode_attention
+from rlhf_jax.ops.gau import GAU_IMPLEMENTATIONS, GauCase, Relu2, Score, check_implementation, choose, gau_attention
 from rlhf_jax.types import Context, PyTree
 
 
@@ -83,11 +83,38 @@ class GAU(nn.Module):
             return Kept.empty(rows, kept, dtype, **{name: (width,) for name, width in widths.items()})
         return {name: jnp.zeros((rows, slots, width), dtype) for name, width in widths.items()}
 
+    def plan(
+        self, rows: int, length: int, d_model: int, style: Style, platform: str, device: str, packed: bool = False
+    ) -> dict[str, str]:
+        """The implementation that each use of this layer gets; arguments and errors as in ``Attention.plan``."""
+        width = 2 * self.key_dim if isinstance(self.bias, Rotary) else self.key_dim
+        values, dtype = unit.value_width(self.expansion, d_model), jnp.dtype(style.dtype).name
+        kept = length if self.window is None else min(self.window, length)
+        chunk = length if self.window is None else kept + length
+        # Queries, keys, and whether the keys are the queries' own.
+        uses = {"training": (length, length, not packed), "prefill": (length, chunk, False), "decode": (1, kept, False)}
+        found = {}
+        for use, (queries, slots, aligned) in uses.items():
+            if isinstance(self.score, SoftmaxPlus):
+                case = Case(
+                    platform, device, rows, queries, slots, 1, 1, width, values, dtype,
+                    window=self.window, aligned=aligned,
+                )  # fmt: skip
+                found[use] = softmax.choose(self.implementation, case)
+            else:
+                case = GauCase(
+                    platform, device, rows, queries, slots, width, values, dtype, self.score,
+                    bias=isinstance(self.bias, Toeplitz), aligned=aligned,
+                )  # fmt: skip
+                found[use] = choose(self.implementation, case, GAU_IMPLEMENTATIONS)
+        return found
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T d"], shared: Shared, cache: PyTree | None = None
     ) -> tuple[Float[Array, "B T d"], PyTree | None]:
-        style, queries, keys = shared.style, shared.queries, shared.keys
+        style = shared.style
+        queries = keys = shared.queries  # one value, by which masks know that keys are the queries' own tokens
         u, v, copies = unit.project(self, x, self.expansion, self.key_dim, 2, style)
         q, k = unit.turned(copies, queries.positions, style)
         if cache is not None:
