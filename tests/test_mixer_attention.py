@@ -126,6 +126,22 @@ def test_ragged_prompts_decode_each_at_its_own_place(variant, tokens):
         np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
+def test_bfloat16_decodes_as_well_as_it_reads(tokens):
+    """Errors against fp32 are those of a full pass; decoding adds none of its own."""
+    model = VARIANTS["sinks"].clone(dtype=jnp.bfloat16)
+    params, apply = draw_params(model), quick(call(model))
+    full, _ = apply(params, tokens, WHOLE)
+    cache, pieces = empty_cache(model, 3, LENGTH), []
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(cache.layers)} == {"bfloat16", "int32"}
+    for at, width in ((0, 16), *((at, 1) for at in range(16, LENGTH))):
+        logits, cache = apply(params, tokens[:, at : at + width], part(WHOLE, at, at + width), cache)
+        pieces.append(logits)
+    exact, _ = quick(call(VARIANTS["sinks"]))(params, tokens, WHOLE)
+    decoded, full, exact = (jax.nn.log_softmax(x) for x in (jnp.concatenate(pieces, 1), full, exact))
+    assert np.abs(decoded - full).max() < 5e-2
+    assert np.abs(decoded - exact).mean() < 1.25 * np.abs(full - exact).mean() < 0.02
+
+
 def test_finished_rows_leave_their_state_alone(variant, tokens):
     """Tokens of segment 0 are neither kept nor seen, whatever they hold."""
     model, params, apply = variant
