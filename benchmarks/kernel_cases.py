@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 H200, TPU = "h200", "tpu"
 
 
@@ -37,4 +40,75 @@ class Kernel:
     build: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
-CASES: tuple[Kernel, ...] = ()
+def gated(target: str) -> tuple[Kernel, ...]:
+    """Gated attention, quadratic and chunked, forward and backward."""
+    device = {H200: "hopper", TPU: "tpu"}[target]
+    rows, length, width = 2, 2048, 128
+
+    def shape(*sizes, dtype=jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def quadratic(values: int, score_name: str):
+        def build():
+            from rlhf_jax.ops import gau_terms
+            from rlhf_jax.ops.attention import Mask
+            from rlhf_jax.ops.kernels import hopper_gau, tpu_gau
+            from rlhf_jax.types import Context
+
+            kernels, score = {H200: hopper_gau, TPU: tpu_gau}[target], getattr(gau_terms, score_name)()
+
+            def both(q, k, v, context, divisor, cotangent):
+                mask = Mask.ranges(context, context)
+
+                def attended(q, k, v):
+                    return kernels.attend(q, k, v, mask, divisor, None, score=score, scale=0.1)
+
+                out, pull_back = jax.vjp(attended, q, k, v)
+                return out, pull_back(cotangent)
+
+            context = Context(shape(rows, length, dtype=jnp.int32), shape(rows, length, dtype=jnp.int32))
+            narrow, wide = shape(rows, length, width), shape(rows, length, values)
+            return both, (narrow, narrow, wide, context, shape(rows, length, dtype=jnp.float32), wide)
+
+        return build
+
+    def chunked(values: int, chunk: int, packed: bool):
+        def build():
+            from rlhf_jax.ops.gau_terms import Relu2
+            from rlhf_jax.ops.kernels import hopper_flash, tpu_flash
+            from rlhf_jax.types import Context
+
+            kernels = {H200: hopper_flash, TPU: tpu_flash}[target]
+            settings = {"chunk": chunk, "score": Relu2(), "scale": 0.1}
+
+            def of_packed(tokens, context, divisor, cotangent):
+                out, pull_back = jax.vjp(lambda *x: kernels.packed(*x, context, divisor, None, **settings), *tokens)
+                return out, pull_back(cotangent)
+
+            def of_whole(tokens, lengths, divisor, state, cotangents):
+                def attended(*arguments):
+                    return kernels.chunks(*arguments[:5], lengths, divisor, None, arguments[5], **settings)
+
+                out, pull_back = jax.vjp(attended, *tokens, state)
+                return out, pull_back(cotangents)
+
+            wide, divisor = shape(rows, length, values), shape(rows, length, dtype=jnp.float32)
+            tokens = (*(shape(rows, length, width),) * 4, wide)
+            if packed:
+                context = Context(shape(rows, length, dtype=jnp.int32), shape(rows, length, dtype=jnp.int32))
+                return of_packed, (tokens, context, divisor, wide)
+            state = shape(rows, width, values, dtype=jnp.float32)
+            return of_whole, (tokens, shape(rows, dtype=jnp.int32), divisor, state, (wide, state))
+
+        return build
+
+    return (
+        Kernel(f"{device} gau relu2 E=2048", target, quadratic(2048, "Relu2")),
+        Kernel(f"{device} gau laplace E=2048", target, quadratic(2048, "Laplace")),
+        Kernel(f"{device} gau relu2 E=384", target, quadratic(384, "Relu2")),
+        Kernel(f"{device} flash C=256 E=2048", target, chunked(2048, 256, packed=False)),
+        Kernel(f"{device} flash C=128 E=384 packed", target, chunked(384, 128, packed=True)),
+    )
+
+
+CASES: tuple[Kernel, ...] = (*gated(H200), *gated(TPU))

@@ -103,7 +103,7 @@ def states(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                piece = chunk_of(step // pieces) * pieces + lax.rem(step, jnp.int32(pieces))
+                piece = chunk_of(lax.div(step, jnp.int32(pieces))) * pieces + lax.rem(step, jnp.int32(pieces))
                 there = pl.ds(piece * PIECE, PIECE)
                 for half in range(2):
                     source = keys_g.at[b, there, pl.ds(half * _HALF, _HALF)]

@@ -141,7 +141,7 @@ def mix(
                 for half in range(2):
                     there = pl.ds(r * ROW_TILE + half * _HALF, _HALF)
                     plgpu.copy_gmem_to_smem(far_g[0].at[b, there, piece], more_s[0].at[step, half], full.at[step])
-                matrix = far_g[1].at[b, r // tiles_of_matrix]
+                matrix = far_g[1].at[b, lax.div(r, jnp.int32(tiles_of_matrix))]
                 for half in range(halves):
                     source = matrix.at[piece, value_slice(half)]
                     plgpu.copy_gmem_to_smem(source, values_s.at[step, half], full.at[step])

@@ -79,7 +79,10 @@ def mix(
         shared = tiles // far[1].shape[1]
         in_specs += [
             pl.BlockSpec((1, row_tile, key_width), row),
-            pl.BlockSpec((1, 1, key_width, value_tile), lambda b, e, r, step, *lists: (b, r // shared, 0, e)),
+            pl.BlockSpec(
+                (1, 1, key_width, value_tile),
+                lambda b, e, r, step, *lists: (b, jax.lax.div(r, jnp.int32(shared)), 0, e),
+            ),
         ]
     return pl.pallas_call(
         kernel,
