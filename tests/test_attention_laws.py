@@ -34,7 +34,10 @@ def refusal(name: str) -> str | None:
 REFUSALS = {name: refusal(name) for name in IMPLEMENTATIONS}
 SERVING = [name for name, reason in REFUSALS.items() if reason is None]
 ELSEWHERE = [name for name, reason in REFUSALS.items() if reason is not None]
-NARROW = ("packed window", "sinks", "empty rows", "head grouping", "log-sum-exp", "soft-cap")
+TESTED_ELSEWHERE = {"window", "packed", "odd lengths", "head widths"}
+"""Laws whose programs take long to compile, and whose cases the implementations' own tests hold as well."""
+
+NARROW = ("packed window", "sink logits", "log-sum-exp")
 
 
 def check(found):
@@ -45,14 +48,14 @@ def check(found):
     assert [each for each in found if not each.passed] == []
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in TESTED_ELSEWHERE])
 @pytest.mark.parametrize("name", SERVING)
 def test_implementations_keep_the_law(name, law):
     check(measure(name, IMPLEMENTATIONS[name], law, "float32", quick))
 
 
 @pytest.mark.parametrize("law", NARROW)
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("name", [name for name in SERVING if name != "reference"])
 def test_implementations_keep_the_law_in_bfloat16(name, law):
     check(measure(name, IMPLEMENTATIONS[name], law, "bfloat16", quick))
 
@@ -71,8 +74,7 @@ def test_mixers_keep_the_law(name, law):
     check(measure_mixer(SAMPLES[name], law, quick))
 
 
-@pytest.mark.parametrize("law", ["prefill = decode", "packing"])
-@pytest.mark.parametrize("name", ["window and sinks", "strided", "GAU"])
+@pytest.mark.parametrize(("name", "law"), [("window and sinks", "prefill = decode"), ("GAU", "packing")])
 def test_mixers_keep_the_law_by_tiles(name, law):
     (mixer,) = SAMPLES[name].mixers
     tiled = dataclasses.replace(SAMPLES[name], mixers=(mixer.clone(implementation="blocked"),))
