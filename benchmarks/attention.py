@@ -67,18 +67,18 @@ def start(options: argparse.Namespace, scratch: Path) -> tuple[Contestant, list[
 
 
 def measure(
-    case: Case, judge: Contestant, contestants: list[Contestant], rounds: int, deadline: float
+    case: Case, judge: Contestant, contestants: list[Contestant], rounds: int, patience: float
 ) -> list[dict[str, Any]]:
     """One row for each contestant and part of a case."""
+    # They compile at the same time, and this is for all of them together.
+    until = time.monotonic() + patience
     judge.send("expect", case=case.described())
     for each in contestants:
         each.send("open", case=case.described())
-    expected = judge.receive(COMPILING)
+    expected = judge.receive(patience)
     rows, ready = [], []
     for each in contestants:
-        # Those that share a machine compile at the same time, so one wait covers most of them.
-        answer = each.receive(max(min(COMPILING, deadline - time.monotonic()), 1.0))
-        answer = judged(case, answer, expected)
+        answer = judged(case, each.receive(max(until - time.monotonic(), 1.0)), expected)
         row = {"contestant": each.name, "memory": answer.get("memory"), "errors": answer.get("errors")}
         reason = next((f"{word}: {answer[word]}" for word in ("refused", "failed", "wrong") if word in answer), None)
         for part in case.parts:
@@ -163,7 +163,7 @@ def run(options: argparse.Namespace, cases: Iterable[Case]) -> dict[str, Any]:
                 left.append(case.title)
                 continue
             at = time.monotonic()
-            rows += measure(case, judge, contestants, options.rounds, deadline)
+            rows += measure(case, judge, contestants, options.rounds, 2 * COMPILING if options.cpu else COMPILING)
             longest = max(longest, time.monotonic() - at)
             print(f"{time.monotonic() - began:5.0f} s  {case.title}", file=sys.stderr, flush=True)
         machine.append(judge.ask("machine", COMPILING, dtype=dtype, size=size))
