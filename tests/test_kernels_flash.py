@@ -107,10 +107,13 @@ def test_on_tpus_packed_rows_equal_the_dense_form(case):
 def test_each_pair_of_a_document_meets_once(case):
     """Directly in a chunk, directly in another one nearby, or through the state."""
     context, chunk = PACKED[case], 4
-    place = documents(context, chunk)
-    here, near = np.asarray(place.here.dense()), np.asarray(place.near.dense())
+
+    def places():
+        place = documents(context, chunk)
+        return place.here.dense(), place.near.dense(), place.readable, place.kept, place.keep
+
+    here, near, readable, kept, keep = (np.asarray(x) for x in quick(places)())
     position, segment = np.asarray(context.positions), np.asarray(context.segments)
-    readable, kept, keep = (np.asarray(x) for x in (place.readable, place.kept, place.keep))
     for b, t, s in np.ndindex(here.shape):
         same = segment[b, t] == segment[b, s] != 0 and s <= t
         together = position[b, t] // chunk == position[b, s] // chunk

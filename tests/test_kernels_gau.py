@@ -22,13 +22,14 @@ from rlhf_jax.types import Context
 HOPPER = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="the kernels for Hopper are written for JAX 0.11.2 and newer"
 )
+LAST_TWO = Context(jnp.array([[2, 3], [5, 6]]), jnp.array([[1, 1], [1, 1]]))
 CASES = {
     "packed": (PACKED, PACKED, {}),
     "prefix": (WHOLE, WHOLE, {"window": 3, "prefix": 3}),
     "sinks": (WHOLE, WHOLE, {"window": 4, "rule": Rule(sinks=2)}),
     "stride": (WHOLE, WHOLE, {"rule": Rule(stride=3)}),
     "columns": (PACKED, PACKED, {"window": 2, "rule": Rule(block=4, columns=1)}),
-    "cache": (LAST, STORED, {}),
+    "cache": (LAST_TWO, STORED, {}),
 }
 LONG = packed((130, 50, 3), width=200)
 H200 = GauCase("gpu", "NVIDIA H200", 2, 512, 512, 128, 512, "bfloat16", Relu2())
@@ -94,21 +95,23 @@ def test_several_tiles_of_values_are_one():
 
 def test_a_walk_visits_what_is_seen_from_either_side():
     context = packed((8, 4), width=16)
-    mask = Mask.ranges(context, context, window=6)
-    seen = np.asarray(mask.dense())[0]
-    for by_query, dense in ((True, seen), (False, seen.T)):
-        walk = gau_tiles.walk(mask, 4, 2, by_query=by_query)
+
+    def walks():
+        mask = Mask.ranges(context, context, window=6)
+        return mask.dense(), *(gau_tiles.walk(mask, 4, 2, by_query=side) for side in (True, False))
+
+    seen, by_query, by_key = jax.tree.map(np.asarray, quick(walks)())
+    for walk, dense in ((by_query, seen[0]), (by_key, seen[0].T)):
         tiles = dense.reshape(4, 4, 8, 2).swapaxes(1, 2)
         for row in range(4):
-            partial, total = int(walk.partial[0, row]), int(walk.total[0, row])
-            order = [int(tile) for tile in walk.order[0, row, :total]]
+            partial, total = walk.partial[0, row], walk.total[0, row]
+            order = walk.order[0, row, :total].tolist()
             assert {tile for tile in range(8) if tiles[row, tile].any()} <= set(order)
             assert all(tiles[row, tile].all() for tile in order[partial:])
-            assert sorted(order) == sorted(set(order))
+            assert len(order) == len(set(order))
     # By hand: queries 4..7 see keys 0..7, of which those of slots 2 and 3 are in the window of all four.
-    walk = gau_tiles.walk(mask, 4, 2, by_query=True)
-    assert [int(x) for x in walk.order[0, 1, :4]] == [0, 2, 3, 1]
-    assert (int(walk.partial[0, 1]), int(walk.total[0, 1])) == (3, 4)
+    assert by_query.order[0, 1, :4].tolist() == [0, 2, 3, 1]
+    assert (by_query.partial[0, 1], by_query.total[0, 1]) == (3, 4)
 
 
 def test_what_hides_in_invisible_tiles_is_never_read():
@@ -125,6 +128,14 @@ def test_what_hides_in_invisible_tiles_is_never_read():
 def test_the_kernels_error_function_is_close():
     logits = jnp.linspace(-4.0, 4.0, 4001)
     np.testing.assert_allclose(gau_tiles.value(Laplace(), logits), Laplace().value(logits), atol=3e-7)
+
+
+@pytest.mark.parametrize("attend", [hopper_gau.attend, tpu_gau.attend])
+def test_a_single_query_needs_no_kernel(attend):
+    *tokens, cotangent = draw(4, (2, 1, 128), (2, 7, 128), (2, 7, 128), (2, 1, 128))
+    mask = Mask.ranges(LAST, STORED)
+    results = value_and_gradients(attend, tokens, cotangent, LAST, mask, Relu2(), jnp.float32, scale=0.1)
+    assert_close(results, exact(tokens, cotangent, LAST, mask, Relu2(), 0.1), 2e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
+from rlhf_jax.ops import gau_reference
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.gau_terms import GauCase, Score
 from rlhf_jax.ops.kernels import gau_schedule
@@ -53,6 +54,11 @@ def attend(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T E"]:
-    """See ``gau_attention``; sums in fp32, weights and the gradients of logits enter products in bfloat16."""
+    """See ``gau_attention``; sums in fp32, weights and the gradients of logits enter products in bfloat16.
+
+    A single query, as in decoding, takes the dense form: it is bound by the memory that it reads either way.
+    """
     assert bias is None
+    if q.shape[1] == 1:
+        return gau_reference.attend(q, k, v, mask, normaliser, bias, score=score, scale=scale)
     return gau_schedule.attend(gau_schedule.Plan(KERNELS, score, scale, interpret), q, k, v, mask, normaliser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
+from rlhf_jax.ops import gau_reference
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.gau_terms import GauCase, Score
 from rlhf_jax.ops.kernels import gau_schedule
@@ -59,8 +60,13 @@ def attend(
     tile: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T E"]:
-    """See ``gau_attention``; sums in fp32. ``tile`` is the length of the tiles, None to choose."""
+    """See ``gau_attention``; sums in fp32. ``tile`` is the length of the tiles, None to choose.
+
+    A single query, as in decoding, takes the dense form: it is bound by the memory that it reads either way.
+    """
     assert bias is None
+    if q.shape[1] == 1:
+        return gau_reference.attend(q, k, v, mask, normaliser, bias, score=score, scale=scale)
     tile = tile_of(q.shape[1], k.shape[1]) if tile is None else tile
     plan = gau_schedule.Plan(kernels(tile), score, scale, interpret)
     return gau_schedule.attend(plan, q, k, v, mask, normaliser)
