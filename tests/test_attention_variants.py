@@ -16,6 +16,7 @@ from rlhf_jax.training.metrics import read_metrics
 
 FILE = config.load(Path(__file__).parents[1] / "experiments" / "attention_variants.py")
 VALUES = dict(FILE.sweep())
+TASKS = ("walks", "market")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,7 +75,5 @@ def test_every_kind_of_mixer_is_a_variant_on_both_tasks():
         for block in overrides["model"].pattern:
             used |= {type(block.mixer), *(type(each) for each in getattr(block.mixer, "mixers", ()))}
     assert used == kinds
-    names = {
-        task: {name.removeprefix(task) for name in VALUES if name.startswith(task)} for task in ("walks", "market")
-    }
-    assert names["walks"] == names["market"] and len(names["walks"]) * 2 == len(VALUES)
+    walks, market = ({name.removeprefix(task) for name in VALUES if name.startswith(task)} for task in TASKS)
+    assert walks == market and len(VALUES) == 2 * len(walks)

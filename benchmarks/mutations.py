@@ -1,0 +1,158 @@
+"""Break attention on purpose, one line at a time, and show that a named test notices each break.
+
+    python benchmarks/mutations.py                  every break; about ten minutes on two cores
+    python benchmarks/mutations.py --only window    those whose name contains a word
+
+Each break is an exact replacement, which must fit once, in a copy of the package; the test that has to fail runs there
+and must have passed in the copy before. Exits with 1 if a break goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("rlhf_jax", "tests", "experiments", "pyproject.toml")
+LAW = "tests/test_attention_laws.py::test_implementations_keep_the_law[{}]"
+MIXER = "tests/test_attention_laws.py::test_mixers_keep_the_law[{}]"
+MASKS, TERMS = "rlhf_jax/ops/attention/masks.py", "rlhf_jax/ops/attention/terms.py"
+TILES, BACKWARD = "rlhf_jax/ops/attention/blocked_tiles.py", "rlhf_jax/ops/attention/blocked_backward.py"
+FORWARD, CACHES = "rlhf_jax/ops/attention/blocked.py", "rlhf_jax/models/mixers/caches.py"
+FLASH, STATE = "rlhf_jax/ops/flash_blocked.py", "rlhf_jax/ops/flash_state.py"
+ATTENTION = "rlhf_jax/models/mixers/attention.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One break: ``old`` becomes ``new`` in ``file``, and ``test`` has to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    Mutation("window one too wide", MASKS, "positions - window + 1, 0)", "positions - window, 0)",
+             LAW.format("reference-packed window")),
+    Mutation("segments ignored", MASKS,
+             "same = self.query_segments[:, :, None] == self.key_segments[:, None, :]",
+             "same = (self.query_segments[:, :, None] != 0) & (self.key_segments[:, None, :] != 0)",
+             LAW.format("reference-packed window")),
+    Mutation("segments ignored inside tiles", TILES, "shown & (segment == key_segment) & (segment != 0)",
+             "shown & (key_segment != 0) & (segment != 0)", LAW.format("blocked-packed window")),
+    Mutation("causality given up in the tail tile", MASKS, "& (key(high) < query(end_low))",
+             "& (key(low) < query(end_low))", LAW.format("blocked-causality")),
+    Mutation("causality reversed", MASKS, "return inside & (key < end)", "return inside & (key >= end - 1)",
+             LAW.format("reference-causal")),
+    Mutation("stride off by one", MASKS, "(query - key) % self.stride == 0", "(query - key) % self.stride == 1",
+             LAW.format("reference-strided")),
+    Mutation("one sink too many", MASKS, "inside | (key < self.sinks)", "inside | (key <= self.sinks)",
+             LAW.format("reference-sinks")),
+    Mutation("tiles left out", MASKS, "in_range = key(high) >= query(start_low)",
+             "in_range = key(low) >= query(start_low)", LAW.format("blocked-packed window")),
+    Mutation("keys turned one position too far", ATTENTION, "rope.rotate(k, queries.positions)\n",
+             "rope.rotate(k, queries.positions + 1)\n",
+             "tests/test_transformer.py::test_logits_equal_a_forward_pass_in_numpy[modern]"),
+    Mutation("dV of one query head of a group", BACKWARD,
+             'jnp.einsum("rkqd,rkqs->rkds", douts[i], weights,',
+             'jnp.einsum("rkqd,rkqs->rkds", douts[i][:, :, : tiling.queries], weights[:, :, : tiling.queries],',
+             LAW.format("blocked-head grouping")),
+    Mutation("dK of one query head of a group", BACKWARD,
+             'jnp.einsum("rkqd,rkqs->rkds", queries[i], dproducts,',
+             'jnp.einsum("rkqd,rkqs->rkds", queries[i][:, :, : tiling.queries], dproducts[:, :, : tiling.queries],',
+             LAW.format("blocked-head grouping")),
+    Mutation("gradient of the log-sum-exp dropped", BACKWARD, "out.astype(wide)) - dlse", "out.astype(wide))",
+             LAW.format("blocked-log-sum-exp")),
+    Mutation("gradient of sink logits reversed", BACKWARD, "dsink = -(jnp.exp", "dsink = (jnp.exp",
+             LAW.format("blocked-sink logits")),
+    Mutation("sink logits dropped", FORWARD, "total * kept + jnp.exp(sink - higher)", "total * kept",
+             LAW.format("blocked-sink logits")),
+    Mutation("soft-cap without its gradient", TERMS,
+             "cotangent * (1.0 - jnp.square(logits_before_slopes / self.softcap))", "cotangent",
+             LAW.format("blocked-soft-cap")),
+    Mutation("ALiBi the wrong way round", TERMS, "logits = logits - slopes * (", "logits = logits + slopes * (",
+             LAW.format("reference-ALiBi")),
+    Mutation("ring one slot too large", CACHES, "(positions - first) % size)", "(positions - first) % (size + 1))",
+             MIXER.format("window and sinks-prefill = decode")),
+    Mutation("padding takes a slot of the ring", CACHES, "(context.segments != 0) & (slots >= 0)", "(slots >= 0)",
+             MIXER.format("window-ragged prompts")),
+    Mutation("exclusive sum over chunks made inclusive", FLASH,
+             'return _next(state, k, v, keep), _product("btd,bde->bte", q, state)',
+             'state = _next(state, k, v, keep)\n        return state, _product("btd,bde->bte", q, state)',
+             MIXER.format("FLASH-causality")),
+    Mutation("chunks of packed documents run together", FLASH,
+             "same = (own == document[:, None, :]) & (own != 0)", "same = (document[:, None, :] != 0) & (own != 0)",
+             MIXER.format("FLASH-packing")),
+    Mutation("a chunk taken up one token too early", STATE, "full = real & (slot == chunk - 1)",
+             "full = real & (slot == chunk - 2)", MIXER.format("FLASH-prefill = decode")),
+)  # fmt: skip
+
+
+def fits(mutation: Mutation, root: Path = ROOT) -> int:
+    """How often the text to be replaced occurs."""
+    return (root / mutation.file).read_text(encoding="utf-8").count(mutation.old)
+
+
+def passes(root: Path, *tests: str) -> tuple[bool, bool, str]:
+    """Whether the tests pass in the copy, whether they really ran and failed, and what pytest said."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    failed = done.returncode == 1 and all(f"FAILED {test}" in done.stdout for test in tests)
+    return done.returncode == 0, failed, done.stdout + done.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a part of the names of the breaks to try")
+    chosen = [mutation for mutation in MUTATIONS if parser.parse_args().only in mutation.name]
+    wrong = [mutation.name for mutation in chosen if fits(mutation) != 1]
+    if wrong or not chosen:
+        print(f"these replacements do not fit exactly once: {', '.join(wrong)}" if chosen else "no such break")
+        return 1
+    table = Table("break", "file", "test", "outcome", "seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for source in (ROOT / name for name in COPIED):
+            if source.is_dir():
+                shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / source.name)
+        fine, _, said = passes(copy, *dict.fromkeys(mutation.test for mutation in chosen))
+        if not fine:
+            print(f"the tests do not pass before anything is broken:\n{said[-4000:]}")
+            return 1
+        survived = 0
+        for number, mutation in enumerate(chosen, start=1):
+            print(f"[{number}/{len(chosen)}] {mutation.name}", file=sys.stderr, flush=True)
+            file, start = copy / mutation.file, time.monotonic()
+            before = file.read_text(encoding="utf-8")
+            file.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
+            try:
+                _, caught, _ = passes(copy, mutation.test)
+            finally:
+                file.write_text(before, encoding="utf-8")
+            survived += not caught
+            outcome = Text("caught", style="green") if caught else Text("SURVIVED", style="bold red")
+            test = Text(mutation.test.partition("::")[2])
+            table.add_row(mutation.name, Path(mutation.file).name, test, outcome, f"{time.monotonic() - start:.0f}")
+    Console().print(table)
+    print(f"{len(chosen) - survived} of {len(chosen)} breaks were caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
