@@ -22,7 +22,7 @@ T, D, E = 23, 4, 6
 TOKENS = ((2, T, D),) * 4 + ((2, T, E),)
 CONTEXTS = {
     "whole": Context.of_lengths(jnp.array([23, 14]), T),
-    "packed": packed((9, 1, 5, 3), (2, 17, 4), width=T),
+    "packed": packed((9, 1, 5, 3), (10, 13), width=T),
     "gaps": packed((-1, 4, -2, 12), (-9, 8), width=T),
     "small": packed((1,) * 23, (3,) * 7, width=T),
 }

@@ -70,9 +70,10 @@ def _one(state: FlashState, q_local, k_local, q_global, k_global, v, real, norma
     """One token of each row, in time that does not depend on what was read."""
     slot, real = state.count % chunk, real[:, 0]
     size = state.values.shape[1]
-    place = (jnp.arange(v.shape[0]), jnp.where(real, slot, size))
 
     def enter(old, new):
+        # Padding may write as well: the slot is free, and the next token takes it.
+        place = (jnp.arange(old.shape[0]), slot)
         return old.at[place].set(new[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
 
     k_local, k_global = enter(state.k_local, k_local), enter(state.k_global, k_global)
@@ -121,7 +122,7 @@ def _many(
     def lay(new, kept=None, fill=0.0):
         laid = jnp.full((new.shape[0], total, *new.shape[2:]), fill, new.dtype)
         if kept is not None:
-            kept = jnp.where((jnp.arange(kept.shape[1]) < open_tokens[:, None])[..., None], kept, 0.0)
+            # What lies in its free slots is written over, or is behind the row's last token.
             laid = laid.at[:, : kept.shape[1]].set(kept.astype(laid.dtype))
         return laid.at[rows, slots].set(new, mode="drop")
 
