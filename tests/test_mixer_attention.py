@@ -27,7 +27,7 @@ from rlhf_jax.models import (
     plan,
 )
 from rlhf_jax.models.mixers import attention as mixer_module
-from rlhf_jax.ops.attention import dispatch
+from rlhf_jax.ops.attention import decode, dispatch
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.scoring import response_logprobs
 from rlhf_jax.types import Context, PromptBatch
@@ -336,17 +336,20 @@ def test_a_plan_names_what_runs():
 
 @pytest.mark.parametrize("name", ["sinks", "alibi", "dynamic-ring"])
 def test_a_plan_is_about_what_attention_meets(name, monkeypatch, tokens):
-    """Its cases are those of the calls in training and prefill; keys that each query turns are met one at a time."""
+    """Its cases are those of the calls in training, prefill and decode; keys that each query turns meet one query."""
     met, planned, model = [], [], VARIANTS[name]
-    monkeypatch.setattr(dispatch, "choose", lambda _, case: met.append(case) or "reference")
-    monkeypatch.setattr(mixer_module, "choose", lambda _, case: planned.append(case) or "reference")
+    for module, cases in ((dispatch, met), (mixer_module, planned)):
+        monkeypatch.setattr(module, "choose", lambda _, case, cases=cases: cases.append(case) or "reference")
+    for module, cases in ((decode, met), (mixer_module, planned)):
+        monkeypatch.setattr(module, "choose_decoder", lambda _, case, cases=cases: cases.append(case) or "reference")
     plan(model, 3, LENGTH)
     params = draw_params(model)
     jax.eval_shape(call(model), params, tokens, WHOLE)
-    assert met[-1] == planned[0]
-    if name != "dynamic-ring":  # decoded there
-        jax.eval_shape(call(model), params, tokens, WHOLE, empty_cache(model, 3, LENGTH))
-        assert met[-1] == planned[1]
+    training = met[-1]
+    _, cache = jax.eval_shape(call(model), params, tokens, WHOLE, empty_cache(model, 3, LENGTH))
+    prefill = met[-1]
+    jax.eval_shape(call(model), params, tokens[:, :1], part(WHOLE, 0, 1), cache)
+    assert [training, prefill, met[-1]] == planned
 
 
 @pytest.mark.parametrize(

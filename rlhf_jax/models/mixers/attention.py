@@ -25,6 +25,7 @@ from rlhf_jax.ops.attention import (
     choose,
     decode_attention,
 )
+from rlhf_jax.ops.attention.decode import choose_decoder
 from rlhf_jax.types import Context, PyTree
 
 
@@ -144,12 +145,15 @@ class Attention(nn.Module):
             softcap=self.softcap is not None, slopes=isinstance(position, ALiBi), sink_logits=self.sink_logits,
         )  # fmt: skip
         chunk = length if self.window is None else kept + length
-        uses = {
-            "training": dataclasses.replace(case, dropout=self.dropout > 0.0),
-            "prefill": dataclasses.replace(case, slots=chunk, aligned=False),
-            "decode": dataclasses.replace(case, length=1, slots=kept, aligned=False),
+        # One query after the other is what decoding does, also inside a prefill.
+        prefill = dataclasses.replace(case, slots=chunk, aligned=False)
+        return {
+            "training": choose(self.implementation, dataclasses.replace(case, dropout=self.dropout > 0.0)),
+            "prefill": (choose_decoder if alone else choose)(self.implementation, prefill),
+            "decode": choose_decoder(
+                self.implementation, dataclasses.replace(case, length=1, slots=kept, aligned=False)
+            ),
         }
-        return {use: choose(self.implementation, each) for use, each in uses.items()}
 
     @nn.compact
     def __call__(
