@@ -12,7 +12,7 @@ from attention_cases import documents, lowering_for, pretend_a_gpu
 
 from rlhf_jax.ops.attention import Case, Mask, Rule, Terms, alibi_slopes, decode_attention, reference
 from rlhf_jax.ops.attention.decode import DECODERS, choose_decoder
-from rlhf_jax.ops.kernels import decode, decode_tpu, decode_triton
+from rlhf_jax.ops.kernels import decode, decode_tpu, decode_triton, hopper_decode
 from rlhf_jax.types import Context
 
 # The slots lie in random order; the last row, and one query, are padding.
@@ -95,6 +95,37 @@ def test_slots_that_nobody_sees_are_never_read(kernel):
     np.testing.assert_allclose(out, by_reference(q, keys, values, mask, WHOLE), atol=2e-6)
 
 
+INTERPRETER = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 1), reason="Mosaic GPU has an interpreter from JAX 0.11.1 on"
+)
+
+
+@INTERPRETER
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "terms", "options"),
+    [(4, 2, WHOLE, {}), (6, 1, BOUNDED, {"window": 90, "rule": Rule(sinks=2)})],
+    ids=["whole", "window"],
+)
+def test_values_on_hopper_equal_the_reference(heads, kv_heads, terms, options):
+    context = documents((20, 130, 9), (200,), (5,), (), width=210, shuffle=3)
+    queries = Context(jnp.array([[129], [199], [4], [0]]), jnp.array([[2], [1], [1], [0]]))
+    q, keys, values = draw(heads, kv_heads, width=64, value_width=64, slots=210, dtype=jnp.bfloat16)
+    mask = Mask.ranges(queries, context, **options)
+    out = hopper_decode.attend(q, keys, values, mask, terms, programs=2, interpret=True)
+    np.testing.assert_allclose(out.astype(jnp.float32), by_reference(q, keys, values, mask, terms), atol=2e-2)
+
+
+@INTERPRETER
+def test_hopper_lowers_without_the_device():
+    q, keys, values = draw(6, 2, width=64, value_width=128, slots=72, dtype=jnp.bfloat16)
+    mask = Mask.ranges(QUERIES, documents((20, 30, 9), (60,), (5,), (), width=72), window=9)
+
+    def step(q, keys, values):
+        return hopper_decode.attend(q, keys, values, mask, BOUNDED)
+
+    assert "mosaic_gpu" in jax.jit(step).trace(q, keys, values).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(("kernel", "platform", "kind"), [("triton", "cuda", "NVIDIA H200"), ("tpu", "tpu", "TPU v5")])
 def test_they_lower_for_the_device(kernel, platform, kind):
     q, keys, values = draw(6, 2, width=64, value_width=64, dtype=jnp.bfloat16)
@@ -150,6 +181,26 @@ def test_refusals_say_why(monkeypatch, kernel, case, change, reason):
     pretend_a_gpu(monkeypatch, "8.0")
     assert KERNELS[kernel].refusal(case) is None
     assert reason in str(KERNELS[kernel].refusal(replace(case, **change)))
+
+
+HOPPER = replace(GPU, device="NVIDIA H200")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"width": 80}, "heads are 64 or 128 wide, got 80"),
+        ({"value_width": 256}, "heads are 64 or 128 wide, got 256"),
+        ({"slots": 1001}, "1001 slots of the cache are not a multiple"),
+        ({"heads": 130, "kv_heads": 2}, "at most 64 query heads share a key head, got 65"),
+        ({"length": 2}, "one token a row, got 2"),
+        ({"device": "NVIDIA A100"}, "this device is 'NVIDIA A100'"),
+    ],
+)
+def test_hopper_refuses_with_the_reason(change, reason):
+    refused = hopper_decode.refusal(HOPPER)
+    assert refused is None or "JAX 0.11.1 or newer" in refused
+    assert reason in str(hopper_decode.refusal(replace(HOPPER, **change)))
 
 
 def test_the_best_decoder_is_chosen(monkeypatch):

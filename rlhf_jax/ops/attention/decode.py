@@ -13,7 +13,7 @@ from rlhf_jax.ops.attention import reference
 from rlhf_jax.ops.attention.dispatch import check_implementation
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import Case, Terms, this_device
-from rlhf_jax.ops.kernels import decode_tpu, decode_triton
+from rlhf_jax.ops.kernels import decode_tpu, decode_triton, hopper_decode
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def _attend(q, keys, values, mask: Mask, terms: Terms):
 
 
 DECODERS: dict[str, Decoder] = {
+    "hopper": Decoder(hopper_decode.refusal, hopper_decode.attend),
     "tpu": Decoder(decode_tpu.refusal, decode_tpu.attend),
     "triton": Decoder(decode_triton.refusal, decode_triton.attend),
     "reference": Decoder(reference.refusal, _attend),

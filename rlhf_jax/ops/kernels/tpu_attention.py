@@ -128,7 +128,7 @@ def _kernel(
 
     def visit(masked: bool):
         products = product(k[0, 0], q[0, 0], (1, 1))
-        slope = slopes[head] if plan.sloped else None
+        slope = slopes[0, head] if plan.sloped else None
         logits, _ = tiles.tile_logits(plan, products, *scene_of(queries, keys), slope, masked)
         before = top[...]
         after = jnp.maximum(before, logits.max(axis=0, keepdims=True))
@@ -143,9 +143,9 @@ def _kernel(
     @pl.when(step == steps - 1)
     def _():
         before = top[...]
-        after = jnp.maximum(before, sinks[head])
+        after = jnp.maximum(before, sinks[0, head])
         decay = jnp.exp(before - after)
-        whole = sums[...] * decay + jnp.exp(sinks[head] - after)
+        whole = sums[...] * decay + jnp.exp(sinks[0, head] - after)
         empty = whole == 0.0
         divisor = jnp.where(empty, 1.0, whole)
         out[0, 0] = (mixed[...] * (decay / divisor)).T.astype(out.dtype)
@@ -166,7 +166,7 @@ def _forward(plan: Plan, q, k, v, sinks, scene: Scene):
         return row, head, tile, 0
 
     def of_key(row, head, tile, step, *lists):
-        return row, head // per_group, visited(lists, row, tile, tile_count, step, steps), 0
+        return row, jax.lax.div(head, per_group), visited(lists, row, tile, tile_count, step, steps), 0
 
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
@@ -199,7 +199,7 @@ def _forward(plan: Plan, q, k, v, sinks, scene: Scene):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=plan.interpret,
         name="attention_forward",
-    )(*prefetched(visits), q, k, v, scene.queries, scene.keys.swapaxes(1, 2), scene.slopes, sinks)
+    )(*prefetched(visits), q, k, v, scene.queries, scene.keys.swapaxes(1, 2), scene.slopes[None], sinks[None])
     return out, lse[:, :, 0]
 
 

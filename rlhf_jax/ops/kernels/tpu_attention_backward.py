@@ -40,7 +40,7 @@ def _queries_kernel(
     def visit(masked: bool):
         _, d_products = _tile_gradient(
             plan, q[0, 0], k[0, 0], v[0, 0], d_out[0, 0], scene_of(queries, keys),
-            slopes[head] if plan.sloped else None,
+            slopes[0, head] if plan.sloped else None,
             lse[0, 0], delta[0, 0], masked,
         )  # fmt: skip
         summed[...] += product(d_products.astype(k.dtype), k[0, 0], (0, 0))
@@ -60,8 +60,8 @@ def _keys_kernel(
 
     row, group, tile, number = (pl.program_id(axis) for axis in range(4))
     tile_count, numbers = pl.num_programs(2), pl.num_programs(3)
-    at, step = row * tile_count + tile, number % steps
-    head = group * (numbers // steps) + number // steps
+    at, step = row * tile_count + tile, jax.lax.rem(number, steps)
+    head = group * jax.lax.div(numbers, steps) + jax.lax.div(number, steps)
 
     @pl.when(number == 0)
     def _():
@@ -71,7 +71,7 @@ def _keys_kernel(
     def visit(masked: bool):
         weights, d_products = _tile_gradient(
             plan, q[0, 0], k[0, 0], v[0, 0], d_out[0, 0], scene_of(queries, keys),
-            slopes[head] if plan.sloped else None,
+            slopes[0, head] if plan.sloped else None,
             lse[0, 0], delta[0, 0], masked,
         )  # fmt: skip
         summed_v[...] += product(weights.astype(d_out.dtype), d_out[0, 0], (1, 0))
@@ -95,7 +95,16 @@ def gradients(plan: Plan, q, k, v, scene: Scene, lse, delta, cotangent):
     per_group = heads // groups
     query_tiles, key_tiles = length // plan.query_tile, k.shape[2] // plan.key_tile
     vectors = [x[:, :, None, :] for x in (lse, delta)]
-    inputs = (q, k, v, cotangent.astype(q.dtype), *vectors, scene.queries, scene.keys.swapaxes(1, 2), scene.slopes)
+    inputs = (
+        q,
+        k,
+        v,
+        cotangent.astype(q.dtype),
+        *vectors,
+        scene.queries,
+        scene.keys.swapaxes(1, 2),
+        scene.slopes[None],
+    )
 
     def specs(query_at, key_at):
         """Blocks of all inputs, given the (row, head, tile) of queries and of keys at each point of the grid."""
@@ -122,7 +131,7 @@ def gradients(plan: Plan, q, k, v, scene: Scene, lse, delta, cotangent):
         return row, head, tile
 
     def keys_of(row, head, tile, step, *lists):
-        return row, head // per_group, visited(lists, row, tile, query_tiles, step, key_tiles)
+        return row, jax.lax.div(head, per_group), visited(lists, row, tile, query_tiles, step, key_tiles)
 
     dq = pl.pallas_call(
         functools.partial(_queries_kernel, plan=plan),
@@ -140,8 +149,8 @@ def gradients(plan: Plan, q, k, v, scene: Scene, lse, delta, cotangent):
     )(*prefetched(scene.by_query(plan)), *inputs)
 
     def queries_of(row, group, tile, number, *lists):
-        head = group * per_group + number // query_tiles
-        return row, head, visited(lists, row, tile, key_tiles, number % query_tiles, query_tiles)
+        head = group * per_group + jax.lax.div(number, query_tiles)
+        return row, head, visited(lists, row, tile, key_tiles, jax.lax.rem(number, query_tiles), query_tiles)
 
     dk, dv = pl.pallas_call(
         functools.partial(_keys_kernel, plan=plan, steps=query_tiles),
