@@ -6,6 +6,7 @@ anew, so that one failure is a row of the table and not the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -55,11 +56,10 @@ class Contestant:
                 env={**os.environ, **self._environment},
             )  # fmt: skip
         assert self._process.stdin is not None
-        try:
+        # Of a broken pipe ``receive`` finds the other end, and says so.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # ``receive`` finds the end of the other direction, and says so.
 
     def receive(self, patience: float) -> dict[str, Any]:
         """The answer; where there is none within ``patience`` seconds, ``failed`` with what is known."""
@@ -89,16 +89,16 @@ class Contestant:
         """End the process."""
         if self._process is None:
             return
+        process, self._process = self._process, None
+        assert process.stdin is not None and process.stdout is not None and self._stderr is not None
         if kill:
-            self._process.kill()
-        else:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._stderr is not None
+            process.kill()
+            process.wait()
+        process.stdout.close()
         self._stderr.close()
-        self._process = None
