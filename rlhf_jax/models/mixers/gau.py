@@ -16,6 +16,7 @@ from rlhf_jax.models.mixers.gated import Bias, Constant, Count, Length, Normalis
 from rlhf_jax.models.positions import Position
 from rlhf_jax.ops import attention as softmax
 from rlhf_jax.ops.attention import Case, Mask, Terms, decode_attention
+from rlhf_jax.ops.attention.decode import choose_decoder
 from rlhf_jax.ops.gau import GAU_IMPLEMENTATIONS, GauCase, Relu2, Score, check_implementation, choose, gau_attention
 from rlhf_jax.types import Context, PyTree
 
@@ -100,7 +101,8 @@ class GAU(nn.Module):
                     platform, device, rows, queries, slots, 1, 1, width, values, dtype,
                     window=self.window, aligned=aligned,
                 )  # fmt: skip
-                found[use] = softmax.choose(self.implementation, case)
+                pick = choose_decoder if use == "decode" else softmax.choose
+                found[use] = pick(self.implementation, case)
             else:
                 case = GauCase(
                     platform, device, rows, queries, slots, width, values, dtype, self.score,
