@@ -15,6 +15,7 @@ inside ``build``, so that reading the table needs no GPU or TPU library:
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,4 +112,77 @@ def gated(target: str) -> tuple[Kernel, ...]:
     )
 
 
-CASES: tuple[Kernel, ...] = (*gated(H200), *gated(TPU))
+def portable(module: str, target: str, dtypes: tuple[Any, ...]) -> tuple[Kernel, ...]:
+    """Softmax attention by the kernels of a module, forward and backward, plain and with everything at once."""
+
+    def attention(width: int, dtype: Any, everything: bool):
+        def build():
+            from rlhf_jax.ops.attention import Mask, Rule, Terms
+            from rlhf_jax.types import Context
+
+            attend = importlib.import_module(f"rlhf_jax.ops.kernels.{module}").attend
+            settings = {"window": 300, "rule": Rule(sinks=4)} if everything else {}
+
+            def both(q, k, v, context, by_head, cotangent):
+                extra = {"softcap": 30.0, "slopes": by_head, "sink_logits": by_head} if everything else {}
+                mask, terms = Mask.ranges(context, context, **settings), Terms(scale=0.1, **extra)
+                (out, lse), pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, mask, terms), q, k, v)
+                return out, lse, pull_back((cotangent, lse))
+
+            rows, length, heads, kv_heads = 2, 2000, 8, 2
+            numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+            q, k = (jax.ShapeDtypeStruct((rows, length, n, width), dtype) for n in (heads, kv_heads))
+            return both, (q, k, k, Context(numbers, numbers), jax.ShapeDtypeStruct((heads,), jnp.float32), q)
+
+        return build
+
+    def name(width: int, dtype: Any, everything: bool) -> str:
+        return f"{module} D={width} {jnp.dtype(dtype).name}{' everything' if everything else ''}"
+
+    wanted = [(width, dtype, False) for width in (64, 128, 256) for dtype in dtypes] + [(128, dtypes[0], True)]
+    return tuple(Kernel(name(*each), target, attention(*each)) for each in wanted)
+
+
+def decoding(module: str, target: str, widths: tuple[int, ...]) -> tuple[Kernel, ...]:
+    """One step of decoding over a cache."""
+
+    def step(width: int, slots: int, everything: bool):
+        def build():
+            from rlhf_jax.ops.attention import Mask, Rule, Terms
+            from rlhf_jax.types import Context
+
+            attend = importlib.import_module(f"rlhf_jax.ops.kernels.{module}").attend
+            settings = {"window": 300, "rule": Rule(sinks=4)} if everything else {}
+
+            def decode(q, keys, values, queries, slots, by_head):
+                extra = {"softcap": 30.0, "slopes": by_head, "sink_logits": by_head} if everything else {}
+                return attend(q, keys, values, Mask.ranges(queries, slots, **settings), Terms(scale=0.1, **extra))
+
+            rows, heads, kv_heads = 8, 32, 8
+            one, all_slots = (jax.ShapeDtypeStruct((rows, n), jnp.int32) for n in (1, slots))
+            q = jax.ShapeDtypeStruct((rows, heads, width), jnp.bfloat16)
+            cache = jax.ShapeDtypeStruct((rows, kv_heads, slots, width), jnp.bfloat16)
+            by_head = jax.ShapeDtypeStruct((heads,), jnp.float32)
+            return decode, (q, cache, cache, Context(one, one), Context(all_slots, all_slots), by_head)
+
+        return build
+
+    wanted = [(width, 8192, False) for width in widths] + [(128, 5000, True), (64, 40, False)]
+    return tuple(
+        Kernel(
+            f"{module} D={width} S={slots}{' everything' if everything else ''}", target, step(width, slots, everything)
+        )
+        for width, slots, everything in wanted
+    )
+
+
+CASES: tuple[Kernel, ...] = (
+    *gated(H200),
+    *gated(TPU),
+    *portable("hopper_attention", H200, (jnp.bfloat16, jnp.float16)),
+    *portable("triton_attention", H200, (jnp.bfloat16, jnp.float32)),
+    *portable("tpu_attention", TPU, (jnp.bfloat16, jnp.float32)),
+    *decoding("hopper_decode", H200, (64, 128)),
+    *decoding("decode_triton", H200, (64, 128, 256)),
+    *decoding("decode_tpu", TPU, (64, 128, 256)),
+)
