@@ -18,6 +18,7 @@ from rlhf_jax.runs.files import write_json
 from rlhf_jax.runs.rundir import RunDirectory, check_reuse, open_run, read_config
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.language import FineTune, Pretrain
+from rlhf_jax.stages.plans import stage_plan
 from rlhf_jax.stages.ppo import Reinforce
 from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.stages.settings import Chat, TokenizerSpec
@@ -115,6 +116,7 @@ def run(
         _stoppable(workspace),
     ):
         workspace.tokenizer.save(run_dir)
+        directory.note(implementations={stage.name: stage_plan(stage, experiment.model) for stage in chosen})
         for number, stage in enumerate(chosen, start=1):
             if workspace.is_finished(stage.name):
                 announce(f"[{number}/{len(chosen)}] {stage.name}: finished before")

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.ops import flash_blocked, flash_reference
+from rlhf_jax.ops.attention.terms import unproven
 from rlhf_jax.ops.gau import choose
 from rlhf_jax.ops.gau_terms import GauCase, Score
+from rlhf_jax.ops.kernels import hopper_flash, tpu_flash
 from rlhf_jax.types import Context
 
 
@@ -35,6 +37,8 @@ class FlashImplementation:
 
 
 FLASH_IMPLEMENTATIONS: dict[str, FlashImplementation] = {
+    "hopper": FlashImplementation(hopper_flash.refusal, hopper_flash.chunks, hopper_flash.packed, unproven),
+    "tpu": FlashImplementation(tpu_flash.refusal, tpu_flash.chunks, tpu_flash.packed, unproven),
     "blocked": FlashImplementation(flash_blocked.refusal, flash_blocked.chunks, flash_blocked.packed),
     "reference": FlashImplementation(flash_reference.refusal, flash_reference.chunks, flash_reference.attend),
 }

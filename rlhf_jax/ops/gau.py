@@ -16,7 +16,9 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.ops import gau_blocked, gau_reference
 from rlhf_jax.ops.attention.masks import Mask
+from rlhf_jax.ops.attention.terms import unproven
 from rlhf_jax.ops.gau_terms import GauCase, Laplace, Relu2, Score
+from rlhf_jax.ops.kernels import hopper_gau, tpu_gau
 
 __all__ = ["GAU_IMPLEMENTATIONS", "GauCase", "GauImplementation", "Laplace", "Relu2", "Score", "gau_attention"]
 
@@ -31,6 +33,8 @@ class GauImplementation:
 
 
 GAU_IMPLEMENTATIONS: dict[str, GauImplementation] = {
+    "hopper": GauImplementation(hopper_gau.refusal, hopper_gau.attend, unproven),
+    "tpu": GauImplementation(tpu_gau.refusal, tpu_gau.attend, unproven),
     "blocked": GauImplementation(gau_blocked.refusal, gau_blocked.attend, gau_blocked.suits),
     "reference": GauImplementation(gau_reference.refusal, gau_reference.attend),
 }

@@ -12,16 +12,17 @@ from jaxtyping import Array, Float
 from rlhf_jax.ops.attention import reference
 from rlhf_jax.ops.attention.dispatch import check_implementation
 from rlhf_jax.ops.attention.masks import Mask
-from rlhf_jax.ops.attention.terms import Case, Terms, this_device
+from rlhf_jax.ops.attention.terms import Case, Terms, this_device, unproven
 from rlhf_jax.ops.kernels import decode_tpu, decode_triton, hopper_decode
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A way to read the cache: whether it can serve a case (None) or why not, and the computation."""
+    """A way to read the cache: whether it can serve a case (None) or why not, the computation, and whether it suits."""
 
     refusal: Callable[[Case], str | None]
     attend: Callable[..., jax.Array]
+    suits: Callable[[Case], bool] = lambda case: True
 
 
 def decode_attention(
@@ -70,7 +71,7 @@ def choose_decoder(implementation: str, case: Case) -> str:
         ValueError: the name is unknown, or its decoder cannot serve; the message says why.
     """
     if implementation == "auto":
-        return next(name for name, each in DECODERS.items() if each.refusal(case) is None)
+        return next(name for name, each in DECODERS.items() if each.refusal(case) is None and each.suits(case))
     if implementation not in DECODERS:
         check_implementation(implementation)
         return "reference"
@@ -89,9 +90,9 @@ def _attend(q, keys, values, mask: Mask, terms: Terms):
 
 
 DECODERS: dict[str, Decoder] = {
-    "hopper": Decoder(hopper_decode.refusal, hopper_decode.attend),
-    "tpu": Decoder(decode_tpu.refusal, decode_tpu.attend),
-    "triton": Decoder(decode_triton.refusal, decode_triton.attend),
+    "hopper": Decoder(hopper_decode.refusal, hopper_decode.attend, unproven),
+    "tpu": Decoder(decode_tpu.refusal, decode_tpu.attend, unproven),
+    "triton": Decoder(decode_triton.refusal, decode_triton.attend, unproven),
     "reference": Decoder(reference.refusal, _attend),
 }
-"""In the order in which ``auto`` takes the first that serves."""
+"""In the order in which ``auto`` takes the first that serves and suits."""

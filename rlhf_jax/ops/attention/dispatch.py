@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.ops.attention import blocked, reference
 from rlhf_jax.ops.attention.masks import Mask
-from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms
+from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms, unproven
+from rlhf_jax.ops.kernels import cudnn, hopper_attention, tpu_attention, triton_attention
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Implementation:
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "cudnn": Implementation(cudnn.refusal, cudnn.attend),
+    "hopper": Implementation(hopper_attention.refusal, hopper_attention.attend, unproven),
+    "tpu": Implementation(tpu_attention.refusal, tpu_attention.attend, unproven),
+    "triton": Implementation(triton_attention.refusal, triton_attention.attend, unproven),
     "blocked": Implementation(blocked.refusal, blocked.attend, blocked.suits),
     "reference": Implementation(reference.refusal, reference.attend),
 }
