@@ -2,7 +2,7 @@
 
 The query heads of one key head form the rows of one tile, so that a cached key is read once for all of them. Programs
 share out the tiles of the cache that the row's mask can see, and the parts are merged by their log-sum-exps. Decoding
-has no gradient.
+has no gradient. None of them was measured on its device yet.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One program per row, query head and tile of queries loops over the list of tiles of keys that it can see, first those
 that need a mask and then those that do not. JAX calls this way to Triton deprecated since 0.11; where it is gone, the
-implementation says so.
+implementation says so. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
