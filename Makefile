@@ -24,7 +24,7 @@ quickstart: install
 	$(BIN)/python -m rlhf_jax run experiments/quickstart.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
