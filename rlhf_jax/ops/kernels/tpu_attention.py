@@ -2,8 +2,8 @@
 
 The grid runs over rows, query heads, tiles of queries and steps; which tile of keys a step loads is read from a list in
 scalar memory, so invisible tiles are neither loaded nor computed. Tiles are transposed, keys along sublanes and queries
-along lanes: the running maximum and sum are then dense rows, and so is the log-sum-exp that is kept for the gradient. Not
-measured on a TPU yet.
+along lanes: the running maximum and sum are then dense rows, and so is the log-sum-exp that is kept for the gradient.
+Not measured on a TPU yet.
 """
 
 from __future__ import annotations
