@@ -137,7 +137,6 @@ def main() -> int:
             return 1
         survived = 0
         for number, mutation in enumerate(chosen, start=1):
-            print(f"[{number}/{len(chosen)}] {mutation.name}", file=sys.stderr, flush=True)
             file, start = copy / mutation.file, time.monotonic()
             before = file.read_text(encoding="utf-8")
             file.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
@@ -146,7 +145,9 @@ def main() -> int:
             finally:
                 file.write_text(before, encoding="utf-8")
             survived += not caught
-            outcome = Text("caught", style="green") if caught else Text("SURVIVED", style="bold red")
+            said = "caught" if caught else "SURVIVED"
+            print(f"[{number}/{len(chosen)}] {mutation.name}: {said}", file=sys.stderr, flush=True)
+            outcome = Text(said, style="green" if caught else "bold red")
             test = Text(mutation.test.partition("::")[2])
             table.add_row(mutation.name, Path(mutation.file).name, test, outcome, f"{time.monotonic() - start:.0f}")
     Console().print(table)
