@@ -20,7 +20,7 @@ from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms
 from rlhf_jax.ops.kernels import hopper_attention_backward as backward
 from rlhf_jax.ops.kernels import hopper_attention_forward as forward
 from rlhf_jax.ops.kernels.hopper_pieces import LOG2E, Plan
-from rlhf_jax.ops.kernels.tiles import Visits, padded, visits
+from rlhf_jax.ops.kernels.tiles import Visits, padded, sinks_of, visits
 
 WIDEST = 256
 MISCOMPILED_CUDA = range(12080, 12091)
@@ -86,8 +86,7 @@ def attend(
     # One multiple that every kernel's tiles divide.
     mask = mask.padded(forward.QUERY_TILE, 128)
     q, k, v = padded(q, 1, forward.QUERY_TILE), padded(k, 1, 128), padded(v, 1, 128)
-    sinks = jnp.full(heads, HIDDEN) if terms.sink_logits is None else terms.sink_logits
-    out, lse = _attend(plan, q, k, v, sinks.astype(jnp.float32), _scene(mask, terms, heads, width))
+    out, lse = _attend(plan, q, k, v, sinks_of(terms, heads), _scene(mask, terms, heads, width))
     return out[:, :length, :, :value_width], lse.swapaxes(1, 2)[:, :length]
 
 
@@ -104,7 +103,7 @@ def _scene(mask: Mask, terms: Terms, heads: int, width: int) -> Scene:
         queries=jnp.stack(queries, axis=1).astype(jnp.int32),
         keys=jnp.stack(keys, axis=1).astype(jnp.int32),
         forward=visits(mask.blocks(forward.QUERY_TILE, forward.key_tile(width))),
-        by_query=visits(mask.blocks(backward.QUERY_TILE, backward.key_step(width))),
+        by_query=visits(mask.blocks(backward.query_tile(width), backward.key_step(width))),
         by_key=visits(by_key),
         slopes=jnp.zeros(heads, jnp.float32) if terms.slopes is None else terms.slopes.astype(jnp.float32),
     )

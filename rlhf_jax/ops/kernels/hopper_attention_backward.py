@@ -1,7 +1,7 @@
 """The backward pass of attention on Hopper, without atomics: the same bits each time.
 
-``queries_gradient`` walks over the keys that a tile of queries sees, ``keys_gradient`` over the queries, of all heads of
-a group, that see a tile of keys; both compute the weights again from the log-sum-exp. Heads wider than 128 leave no
+``queries_gradient`` walks over the keys that a tile of queries sees, ``keys_gradient`` over the queries, of all heads
+of a group, that see a tile of keys; both compute the weights again from the log-sum-exp. Heads wider than 128 leave no
 registers for both gradients of a tile of keys in one warpgroup: there one of the two gathers that of the keys, and the
 other that of the values.
 """
@@ -24,18 +24,27 @@ from rlhf_jax.ops.kernels.hopper_pieces import (
     PRODUCER_REGISTERS,
     ROWS,
     Plan,
+    Vectors,
     add_products,
     distance,
+    drain,
+    give_back,
+    product,
     shown,
     spread,
     tiled,
+    vectors,
     zeros,
 )
 from rlhf_jax.ops.kernels.tiles import Visits
 
-QUERY_TILE = ROWS * CONSUMERS
 LSE, DELTA = range(2)
 """Rows of ``stats``."""
+
+
+def query_tile(width: int) -> int:
+    """Queries of one block of ``queries_gradient``."""
+    return ROWS * CONSUMERS if width <= 192 else ROWS
 
 
 def key_step(width: int) -> int:
@@ -53,17 +62,20 @@ def query_step(width: int) -> int:
     return ROWS
 
 
-def _weights(plan: Plan, products, lse, queries, keys, shape, query_axis: int, slope, masked: bool):
-    """The softmax's weights of one tile from its products, and the soft-cap's derivative (None without)."""
-    factor = plan.scale * LOG2E
+def _weights(plan: Plan, products, lse, queries: Vectors, keys: Vectors, query_axis: int, slope, masked: bool):
+    """The softmax's weights of one tile from its products, and the same times the soft-cap's derivative."""
+    shape, factor = products.shape, plan.scale * LOG2E
+    lse = spread(lse, shape, query_axis)
     if plan.folded:
         if masked:
             products = jnp.where(shown(plan, queries, keys, shape, query_axis), products, HIDDEN / factor)
-        return jnp.exp2(products * factor - lse), None
+        weights = jnp.exp2(products * factor - lse)
+        return weights, weights
     logits, bounded = plan.logits(products, distance(queries, keys, shape, query_axis) if plan.sloped else None, slope)
     if masked:
         logits = jnp.where(shown(plan, queries, keys, shape, query_axis), logits, HIDDEN)
-    return jnp.exp2(logits - lse), None if bounded is None else 1.0 - bounded * bounded
+    weights = jnp.exp2(logits - lse)
+    return weights, weights if bounded is None else weights * (1.0 - bounded * bounded)
 
 
 def queries_gradient(
@@ -84,74 +96,81 @@ def queries_gradient(
 
     rows, length, heads, width = q.shape
     group = heads // k.shape[2]
-    tile, depth = key_step(width), 2 if width <= 192 else 1
+    tile, depth = key_step(width), 2
+    parts = query_tile(width) // ROWS
+    # A tile of queries for each warpgroup, or one tile and half of its width for each.
+    columns = width * parts // CONSUMERS
     shape = (ROWS, tile)
-    along, across = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def hopper_queries_gradient(
         q_ref, k_ref, v_ref, d_ref, stats_ref, queries_ref, keys_ref, order_ref, partial_ref, total_ref, slopes_ref,
         dq_ref,
         q_smem, d_smem, k_smem, v_smem, stats_smem, queries_smem, keys_smem,
-        q_ready, k_ready, v_ready, keys_ready, k_free, v_free,
+        q_ready, k_ready, v_ready, keys_ready, k_free, v_free, done,
     ):  # fmt: skip
         head, row, warpgroup = lax.axis_index("heads"), lax.axis_index("rows"), lax.axis_index("warpgroup")
-        block = length // QUERY_TILE - 1 - lax.axis_index("blocks")
+        block = length // (ROWS * parts) - 1 - lax.axis_index("blocks")
         steps = total_ref[row, block]
         masked = partial_ref[row, block]
         described = steps if plan.sloped else masked
 
-        @pl.when(warpgroup < CONSUMERS)
-        def _compute():
+        def meet():
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)
+
+        def compute(part, first: int):
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            own, own_d = q_smem.at[warpgroup], d_smem.at[warpgroup]
-            ready = q_ready.at[warpgroup]
-            here = pl.ds(block * QUERY_TILE + warpgroup * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[row, here, head], own, ready)
-            plgpu.copy_gmem_to_smem(d_ref.at[row, here, head], own_d, ready)
-            plgpu.copy_gmem_to_smem(stats_ref.at[row, head, :, here], stats_smem.at[warpgroup], ready)
-            plgpu.copy_gmem_to_smem(queries_ref.at[row, :, here], queries_smem.at[warpgroup], ready)
-            plgpu.barrier_wait(ready)
-            about = [plgpu.load(queries_smem.at[warpgroup, i], layout=along) for i in range(4)]
-            lse, delta = (plgpu.load(stats_smem.at[warpgroup, i], layout=along) for i in (LSE, DELTA))
+            own, own_d = q_smem.at[part], d_smem.at[part]
+            here = pl.ds((block * parts + part) * ROWS, ROWS)
+            plgpu.barrier_wait(q_ready)
+            about, stat = vectors(queries_smem.at[part], 0), vectors(stats_smem.at[part], 0)
             slope = slopes_ref[head] if plan.sloped else None
 
             def step(i, dq, masked: bool):
                 slot = lax.rem(i, jnp.int32(depth))
                 plgpu.barrier_wait(k_ready.at[slot])
-                other = None
                 if masked or plan.sloped:
                     plgpu.barrier_wait(keys_ready.at[slot])
-                    other = [plgpu.load(keys_smem.at[slot, j], layout=across) for j in range(2)]
+                other = vectors(keys_smem.at[slot], 1)
 
-                def multiply(first, second):
-                    plgpu.wgmma(first, own, k_smem.at[slot].transpose((1, 0)))
-                    plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.wgmma(second, own_d, v_smem.at[slot].transpose((1, 0)))
-                    products = plgpu.wgmma_accumulator_load(first, wait_n=1)
-                    weights, slant = _weights(
-                        plan, products, spread(lse, shape, 0), about, other, shape, 0, slope, masked
-                    )
-                    d_weights = second[...] - spread(delta, shape, 0)
-                    d_logits = weights * d_weights
-                    return d_logits if slant is None else d_logits * slant
-
-                d_logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+                products = product(own, k_smem.at[slot], shape)
+                _, slanted = _weights(plan, products, stat(LSE), about, other, 0, slope, masked)
+                plgpu.barrier_wait(v_ready.at[slot])
+                d_weights = product(own_d, v_smem.at[slot], shape)
+                d_logits = slanted * (d_weights - spread(stat(DELTA), shape, 0))
                 plgpu.barrier_arrive(v_free.at[slot])
-                (dq,) = add_products(plan, (dq, d_logits.astype(q.dtype), k_smem.at[slot]))
-                plgpu.barrier_arrive(k_free.at[slot])
+                (dq,) = add_products(plan, (dq, d_logits.astype(q.dtype), k_smem.at[slot, :, pl.ds(first, columns)]))
+                give_back(plan, k_free.at[slot], masked or plan.sloped)
                 return dq
 
-            dq = lax.fori_loop(0, masked, partial(step, masked=True), zeros((ROWS, width)))
+            dq = lax.fori_loop(0, masked, partial(step, masked=True), zeros((ROWS, columns)))
             dq = lax.fori_loop(masked, steps, partial(step, masked=False), dq)
-            own[...] = (dq * plan.scale).astype(q.dtype)
+            # A warpgroup writes where the other, when they share a tile, may still read.
+            meet()
+            q_smem.at[part, :, pl.ds(first, columns)][...] = (dq * plan.scale).astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own, dq_ref.at[row, here, head])
+            if parts == 1:
+                meet()
+            if first == 0:
+                plgpu.copy_smem_to_gmem(own, dq_ref.at[row, here, head])
             plgpu.wait_smem_to_gmem(0)
+
+        if parts == 1:
+            for each in range(CONSUMERS):
+                pl.when(warpgroup == each)(partial(compute, 0, each * columns))
+        else:
+            pl.when(warpgroup < CONSUMERS)(partial(compute, warpgroup, 0))
 
         @pl.when(warpgroup == CONSUMERS)
         def _load():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             key_head = lax.div(head, jnp.int32(group))
+            for part in range(parts):
+                here = pl.ds((block * parts + part) * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[row, here, head], q_smem.at[part], q_ready)
+                plgpu.copy_gmem_to_smem(d_ref.at[row, here, head], d_smem.at[part], q_ready)
+                plgpu.copy_gmem_to_smem(stats_ref.at[row, head, :, here], stats_smem.at[part], q_ready)
+                plgpu.copy_gmem_to_smem(queries_ref.at[row, :, here], queries_smem.at[part], q_ready)
 
             @pl.loop(0, steps)
             def _step(i):
@@ -168,23 +187,26 @@ def queries_gradient(
                 def _describe():
                     plgpu.copy_gmem_to_smem(keys_ref.at[row, :, there], keys_smem.at[slot], keys_ready.at[slot])
 
+            drain(steps, depth, k_free, v_free)
+
     ring = plgpu.Barrier(num_barriers=depth)
     returned = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth)
     return plgpu.kernel(
         hopper_queries_gradient,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            tiled((CONSUMERS, ROWS, width), q.dtype),
-            tiled((CONSUMERS, ROWS, width), q.dtype),
+            tiled((parts, ROWS, width), q.dtype),
+            tiled((parts, ROWS, width), q.dtype),
             tiled((depth, tile, width), q.dtype),
             tiled((depth, tile, width), q.dtype),
-            plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
-            plgpu.SMEM((CONSUMERS, 4, ROWS), jnp.int32),
+            plgpu.SMEM((parts, 2, ROWS), jnp.float32),
+            plgpu.SMEM((parts, 4, ROWS), jnp.int32),
             plgpu.SMEM((depth, 2, tile), jnp.int32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=4 * parts),
             ring, ring, ring, returned, returned,
+            plgpu.Barrier(num_arrivals=CONSUMERS),
         ),
-        grid=(heads, length // QUERY_TILE, rows),
+        grid=(heads, length // (ROWS * parts), rows),
         grid_names=("heads", "blocks", "rows"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
@@ -215,7 +237,6 @@ def keys_gradient(
     divided = key_tile(width) == ROWS
     parts = 1 if divided else CONSUMERS
     shape = (ROWS, tile)
-    along, across = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def hopper_keys_gradient(
         q_ref, k_ref, v_ref, d_ref, stats_ref, queries_ref, keys_ref, order_ref, partial_ref, total_ref, slopes_ref,
@@ -228,7 +249,7 @@ def keys_gradient(
         blocks = total_ref[row, block]
         masked_blocks = partial_ref[row, block]
         masked, steps = masked_blocks * group, blocks * group
-        described = steps if plan.sloped else masked
+        described = steps if plan.sloped or divided else masked
 
         def place(i) -> tuple[Any, Any]:
             """Which query head a step is about, and which of the visited tiles: masked tiles of all heads first."""
@@ -239,53 +260,45 @@ def keys_gradient(
             at = jnp.where(inside, lax.rem(i, first), masked_blocks + lax.rem(whole, others))
             return key_head * group + head, at
 
-        def gather(for_keys: bool, for_values: bool):
-            part = 0 if divided else warpgroup
+        def gather(part, for_keys: bool, for_values: bool):
             own_k, own_v = k_smem.at[part], v_smem.at[part]
             here = pl.ds(block * ROWS * parts + part * ROWS, ROWS)
             plgpu.barrier_wait(k_ready)
-            about = [plgpu.load(keys_smem.at[part, i], layout=along) for i in range(2)]
+            about = vectors(keys_smem.at[part], 0)
 
             def step(i, sums, masked: bool):
                 slot = lax.rem(i, jnp.int32(depth))
                 plgpu.barrier_wait(q_ready.at[slot])
-                lse, delta = (plgpu.load(stats_smem.at[slot, j], layout=across) for j in (LSE, DELTA))
-                other, slope = None, None
                 if masked or plan.sloped:
                     plgpu.barrier_wait(queries_ready.at[slot])
-                    other = [plgpu.load(queries_smem.at[slot, j], layout=across) for j in range(4)]
-                if plan.sloped:
-                    slope = slopes_ref[place(i)[0]]
+                other, stat = vectors(queries_smem.at[slot], 1), vectors(stats_smem.at[slot], 1)
+                slope = slopes_ref[place(i)[0]] if plan.sloped else None
 
-                def multiply(first, second=None):
-                    plgpu.wgmma(first, own_k, q_smem.at[slot].transpose((1, 0)))
-                    plgpu.barrier_wait(d_ready.at[slot])
-                    if second is not None:
-                        plgpu.wgmma(second, own_v, d_smem.at[slot].transpose((1, 0)))
-                    products = plgpu.wgmma_accumulator_load(first, wait_n=0 if second is None else 1)
-                    weights, slant = _weights(
-                        plan, products, spread(lse, shape, 1), other, about, shape, 1, slope, masked
-                    )
-                    if second is None:
-                        return [weights]
-                    d_logits = weights * (second[...] - spread(delta, shape, 1))
-                    return [weights, d_logits if slant is None else d_logits * slant]
-
-                tiles = pl.run_scoped(multiply, *[plgpu.ACC(shape, jnp.float32)] * (2 if for_keys else 1))
-                tiles = [each.astype(q.dtype) for each in tiles]
-                products = []
-                if for_values:
-                    products.append((sums[0], tiles[0], d_smem.at[slot]))
+                products = product(own_k, q_smem.at[slot], shape)
+                weights, slanted = _weights(plan, products, stat(LSE), other, about, 1, slope, masked)
+                if width > 64:
+                    # They wait for the next product in 16 bits, as the product with the cotangent takes them anyway.
+                    low = (weights.astype(q.dtype), slanted.astype(q.dtype))
+                    weights, slanted = lax.optimization_barrier(low if plan.softcap is not None else low[:1] * 2)
+                plgpu.barrier_wait(d_ready.at[slot])
                 if for_keys:
-                    products.append((sums[-1], tiles[1], q_smem.at[slot]))
-                sums = add_products(plan, *products)
-                plgpu.barrier_arrive(d_free.at[slot])
-                plgpu.barrier_arrive(q_free.at[slot])
+                    d_weights = product(own_v, d_smem.at[slot], shape)
+                    d_logits = slanted.astype(jnp.float32) * (d_weights - spread(stat(DELTA), shape, 1))
+                added = []
+                if for_values:
+                    added.append((sums[0], weights.astype(q.dtype), d_smem.at[slot]))
+                if for_keys:
+                    added.append((sums[-1], d_logits.astype(q.dtype), q_smem.at[slot]))
+                sums = add_products(plan, *added)
+                give_back(plan, d_free.at[slot], read=False)
+                give_back(plan, q_free.at[slot], read=True)
                 return sums
 
             sums = [zeros((ROWS, width))] * (for_keys + for_values)
-            sums = lax.fori_loop(0, masked, partial(step, masked=True), sums)
-            sums = lax.fori_loop(masked, steps, partial(step, masked=False), sums)
+            # Two loops around so wide a sum spill registers: there every step takes the mask.
+            sums = lax.fori_loop(0, steps if divided else masked, partial(step, masked=True), sums)
+            if not divided:
+                sums = lax.fori_loop(masked, steps, partial(step, masked=False), sums)
             # A warpgroup writes where the other, when they share a tile, may still read.
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
@@ -305,10 +318,10 @@ def keys_gradient(
             gather(**what)
 
         if divided:
-            pl.when(warpgroup == 0)(partial(compute, for_keys=False, for_values=True))
-            pl.when(warpgroup == 1)(partial(compute, for_keys=True, for_values=False))
+            pl.when(warpgroup == 0)(partial(compute, part=0, for_keys=False, for_values=True))
+            pl.when(warpgroup == 1)(partial(compute, part=0, for_keys=True, for_values=False))
         else:
-            pl.when(warpgroup < CONSUMERS)(partial(compute, for_keys=True, for_values=True))
+            pl.when(warpgroup < CONSUMERS)(partial(compute, part=warpgroup, for_keys=True, for_values=True))
 
         @pl.when(warpgroup == CONSUMERS)
         def _load():
@@ -337,6 +350,8 @@ def keys_gradient(
 
                 pl.when(again)(lambda: plgpu.barrier_wait(d_free.at[slot]))
                 plgpu.copy_gmem_to_smem(d_ref.at[row, there, head], d_smem.at[slot], d_ready.at[slot])
+
+            drain(steps, depth, q_free, d_free)
 
     ring = plgpu.Barrier(num_barriers=depth)
     returned = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth)

@@ -25,10 +25,13 @@ from rlhf_jax.ops.kernels.hopper_pieces import (
     Plan,
     add_products,
     distance,
+    drain,
     filled,
+    give_back,
     shown,
     spread,
     tiled,
+    vectors,
     zeros,
 )
 from rlhf_jax.ops.kernels.tiles import Visits
@@ -91,7 +94,7 @@ def forward(
             plgpu.copy_gmem_to_smem(q_ref.at[row, here, head], own, q_ready.at[warpgroup])
             plgpu.copy_gmem_to_smem(queries_ref.at[row, :, here], queries_smem.at[warpgroup], q_ready.at[warpgroup])
             plgpu.barrier_wait(q_ready.at[warpgroup])
-            about = [plgpu.load(queries_smem.at[warpgroup, i], layout=plgpu.Layout.WGMMA.reduce(1)) for i in range(4)]
+            about = vectors(queries_smem.at[warpgroup], 0)
             slope = slopes_ref[head] if plan.sloped else None
             if plan.sinks:
                 sink = sinks_ref[head] * LOG2E
@@ -115,11 +118,11 @@ def forward(
                     take_turns()
                     return accumulator[...]
 
+                other = vectors(keys_smem.at[slot], 1)
                 products = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked or plan.sloped:
                     plgpu.barrier_wait(keys_ready.at[slot])
-                    other = [plgpu.load(keys_smem.at[slot, j], layout=plgpu.Layout.WGMMA.reduce(0)) for j in range(2)]
                 if plan.folded:
                     factor = plan.scale * LOG2E
                     if masked:
@@ -152,7 +155,7 @@ def forward(
                         plgpu.barrier_wait(k_ready.at[lax.rem(i + 1, jnp.int32(depth))])
 
                 (mixed,) = add_products(plan, (mixed, low, v_smem.at[slot]), meanwhile=next_keys)
-                plgpu.barrier_arrive(v_free.at[slot])
+                give_back(plan, v_free.at[slot], masked or plan.sloped)
                 return mixed, top, total
 
             carry = (zeros((ROWS, width)), top, total)
@@ -189,6 +192,8 @@ def forward(
                     plgpu.copy_gmem_to_smem(keys_ref.at[row, :, there], keys_smem.at[slot], keys_ready.at[slot])
 
                 plgpu.copy_gmem_to_smem(v_ref.at[row, there, key_head], v_smem.at[slot], v_ready.at[slot])
+
+            drain(steps, depth, k_free, v_free)
 
     ring = plgpu.Barrier(num_barriers=depth)
     returned = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth)

@@ -1,4 +1,4 @@
-"""What the Hopper attention kernels share: their static plan, and the steps on one tile that forward and backward repeat.
+"""What the Hopper attention kernels share: their static plan, and the steps on one tile that all passes repeat.
 
 Everything here is written for one warpgroup of 128 threads that owns 64 rows of a tile, in the register layout of
 ``wgmma``. Exponentials are taken in base 2, with the scale of the logits folded into it.
@@ -29,6 +29,8 @@ START, END, SEGMENT, POSITION = range(4)
 """Rows of the array that describes queries."""
 KEY_POSITION, KEY_SEGMENT = range(2)
 """Rows of the array that describes keys."""
+Vectors = Callable[[int], jax.Array]
+"""Loads one row of a description."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,69 @@ def spread(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, shape, (axis,))
 
 
-def shown(plan: Plan, queries: Any, keys: Any, shape: tuple[int, int], query_axis: int) -> jax.Array:
-    """Who sees whom in one tile, from vectors of queries and of keys."""
+def shown(plan: Plan, queries: Vectors, keys: Vectors, shape: tuple[int, int], query_axis: int) -> jax.Array:
+    """Who sees whom in one tile."""
 
     def query(row):
-        return spread(queries[row], shape, query_axis)
+        return spread(queries(row), shape, query_axis)
 
-    position = spread(keys[KEY_POSITION], shape, 1 - query_axis)
+    def key(row):
+        return spread(keys(row), shape, 1 - query_axis)
+
     # Only rules that look at the query's own position read it, and those are refused.
-    visible = plan.rule.visible(None, query(START), query(END), position)
-    return visible & (query(SEGMENT) == spread(keys[KEY_SEGMENT], shape, 1 - query_axis))
+    visible = plan.rule.visible(None, query(START), query(END), key(KEY_POSITION))
+    return visible & (query(SEGMENT) == key(KEY_SEGMENT))
 
 
-def distance(queries: Any, keys: Any, shape: tuple[int, int], query_axis: int) -> jax.Array:
+def distance(queries: Vectors, keys: Vectors, shape: tuple[int, int], query_axis: int) -> jax.Array:
     """How far behind its query each key of a tile lies."""
-    ahead = spread(queries[POSITION], shape, query_axis) - spread(keys[KEY_POSITION], shape, 1 - query_axis)
+    ahead = spread(queries(POSITION), shape, query_axis) - spread(keys(KEY_POSITION), shape, 1 - query_axis)
     return ahead.astype(jnp.float32)
+
+
+def vectors(description: Any, axis: int) -> Vectors:
+    """Rows of a description in shared memory, loaded where they are used, because there are few registers to wait in.
+
+    ``axis`` is that of the tile along which they lie.
+    """
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return lambda row: plgpu.load(description.at[row], layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+
+
+def drain(steps: jax.Array, depth: int, *returned: Any) -> None:
+    """Wait until the last slots of a ring came back, so that no warpgroup leaves a barrier behind in mid-phase."""
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    @pl.loop(steps, steps + depth)
+    def _wait(i):
+        @pl.when(i >= depth)
+        def _used():
+            for barrier in returned:
+                plgpu.barrier_wait(barrier.at[lax.rem(i, jnp.int32(depth))])
+
+
+def give_back(plan: Plan, barrier: Any, read: bool) -> None:
+    """Let a slot of a ring be written again; what ``read`` it by loads must come before what TMA writes next."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    # The interpreter reads by loads what ``wgmma`` reads on a device.
+    if read or plan.interpret:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
+
+
+def product(left: Any, right: Any, shape: tuple[int, int]) -> jax.Array:
+    """``left @ right.T`` of two tiles in shared memory."""
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
 def add_products(
