@@ -183,7 +183,9 @@ def _sample(
         return append(replace(state, cache=cache), logits[:, 0])
 
     width = prompts.tokens.shape[1]
-    state = append(_start(_resized(model, cache, rows, width + sampling.max_new_tokens - 1), rows, sampling), logits)
+    # Whole eights of slots, as decode kernels copy them.
+    slots = min(-(-(width + sampling.max_new_tokens - 1) // 8) * 8, model.max_length)
+    state = append(_start(_resized(model, cache, rows, slots), rows, sampling), logits)
     state = jax.lax.while_loop(
         lambda state: (state.step < sampling.max_new_tokens) & ~jnp.all(state.finished), decode, state
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import PACKED, PROBLEMS, Problem, check, documents, values_and_gradients
+from attention_scenes import PACKED, PROBLEMS, Problem, check, documents, values_and_gradients
 
 from rlhf_jax.ops.attention import IMPLEMENTATIONS, Case, Mask, Rule, Terms, attention, blocked, choose, reference
 from rlhf_jax.ops.attention.blocked_tiles import Tiles, Tiling, Visits

@@ -219,7 +219,7 @@ def test_a_tokenizer_without_an_end_of_sequence(folder, capsys):
             "model.pattern.0.mixer.kv_heads=3",
             ["model.pattern.0.mixer.kv_heads", "2 query heads are not a multiple of 3"],
         ),
-        ("model.pattern.0.mixer.head_dim=3", ["model", "no such model can be built"]),
+        ("model.pattern.0.mixer.head_dim=3", ["model.pattern", "heads of 3 cannot be paired"]),
         ("model.dropout=1.5", ["model.dropout", "[0, 1)", "1.5"]),
         ("stages.sft.train.optimizer.learning_rate=-1", ["stages.sft.train.optimizer.learning_rate", "-1"]),
         ("stages.sft.train.optimizer.warmup_steps=9", ["stages.sft.train", "warmup_steps is 9", "3 steps", "shorten"]),
@@ -244,7 +244,7 @@ def test_an_override_that_makes_no_sense_is_one_error(folder, capsys, assignment
 
 def test_show_refuses_the_same_models(folder, capsys):
     refused(
-        capsys, USAGE, "no such model can be built", words=["--set", "model.pattern.0.mixer.head_dim=3"], verb="show"
+        capsys, USAGE, "heads of 3 cannot be paired", words=["--set", "model.pattern.0.mixer.head_dim=3"], verb="show"
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Problem, pretend_a_gpu
+from attention_scenes import Problem, pretend_a_gpu
 
 from rlhf_jax.ops.attention import Case, Rule, reference
 from rlhf_jax.ops.kernels import cudnn

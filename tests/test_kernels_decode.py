@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import documents, lowering_for, pretend_a_gpu
+from attention_scenes import documents, lowering_for, pretend_a_gpu
 
 from rlhf_jax.ops.attention import Case, Mask, Rule, Terms, alibi_slopes, decode_attention, reference
 from rlhf_jax.ops.attention.decode import DECODERS, choose_decoder

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import lowering_for
+from attention_scenes import lowering_for
 from test_gau import SCORES, draw, packed, quick
 from test_kernels_gau import H200, HOPPER, TPU, as_it_is, assert_close
 

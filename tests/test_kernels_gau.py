@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import lowering_for
+from attention_scenes import lowering_for
 from test_gau import LAST, PACKED, SCORES, STORED, WHOLE, draw, packed, quick
 
 from rlhf_jax.ops import gau_reference

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import PROBLEMS, Problem, check, documents
+from attention_scenes import PROBLEMS, Problem, check, documents
 
 from rlhf_jax.ops.attention import Case, Rule, Terms
 from rlhf_jax.ops.kernels import tiles, tpu_attention

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import PROBLEMS, Problem, check, documents, lowering_for, pretend_a_gpu
+from attention_scenes import PROBLEMS, Problem, check, documents, lowering_for, pretend_a_gpu
 
 from rlhf_jax.ops.attention import Case, Rule
 from rlhf_jax.ops.kernels import triton_attention
