@@ -1,1 +1,1 @@
-"""Kernels for accelerators, each the schedule of a mathematics that is defined elsewhere; loaded where they are used."""
+"""Kernels for accelerators, each the schedule of a mathematics that is defined elsewhere."""
