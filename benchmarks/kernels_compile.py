@@ -39,6 +39,7 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
+CHILD = "RLHF_JAX_KERNELS_COMPILE"
 XLAS_OWN = re.compile("fusion|^wrapped_|^sort_")
 TPU_SLICE = "v5p:2x2x1"
 SETTINGS = {
@@ -75,13 +76,12 @@ def main() -> int:
         print(f"no kernel's name contains {options.only!r}", file=sys.stderr)
         return 1
     targets = {kernel.target for kernel in chosen}
-    if options.target is None:
+    if os.environ.get(CHILD) is None:
         # A process of its own for each device: their settings must be there before JAX is loaded.
         here = [sys.executable, __file__, "--only", options.only, "--target"]
-        return max(
-            subprocess.run([*here, target], env={**os.environ, **SETTINGS[target], "JAX_PLATFORMS": "cpu"}).returncode
-            for target in sorted(targets)
-        )
+        common = {**os.environ, CHILD: "1", "JAX_PLATFORMS": "cpu"}
+        codes = [subprocess.run([*here, each], env=common | SETTINGS[each]).returncode for each in sorted(targets)]
+        return max(map(abs, codes))
     return compile_all(options.target, chosen)
 
 
