@@ -86,7 +86,7 @@ def attend(
     # One multiple that every kernel's tiles divide.
     mask = mask.padded(forward.QUERY_TILE, 128)
     q, k, v = padded(q, 1, forward.QUERY_TILE), padded(k, 1, 128), padded(v, 1, 128)
-    out, lse = _attend(plan, q, k, v, sinks_of(terms, heads), _scene(mask, terms, heads, width))
+    out, lse = _attend(plan, q, k, v, sinks_of(terms, heads), _scene(mask, terms, heads, width))  # pyright: ignore[reportGeneralTypeIssues]
     return out[:, :length, :, :value_width], lse.swapaxes(1, 2)[:, :length]
 
 
@@ -115,7 +115,7 @@ def _attend(plan: Plan, q, k, v, sinks, scene: Scene):
 
 
 def _attend_forward(plan: Plan, q, k, v, sinks, scene: Scene):
-    out, lse = _attend(plan, q, k, v, sinks, scene)
+    out, lse = _attend(plan, q, k, v, sinks, scene)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse), (q, k, v, sinks, scene, out, lse)
 
 

@@ -5,6 +5,10 @@ those that everybody sees wholly pass without a mask. The softmax of one warpgro
 the other: they take turns by a barrier.
 """
 
+# Written against a newer JAX than the oldest supported one, by whose stubs the types are checked.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 from functools import partial

@@ -4,6 +4,10 @@ Everything here is written for one warpgroup of 128 threads that owns 64 rows of
 ``wgmma``. Exponentials are taken in base 2, with the scale of the logits folded into it.
 """
 
+# Written against a newer JAX than the oldest supported one, by whose stubs the types are checked.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import math
