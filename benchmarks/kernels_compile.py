@@ -134,8 +134,9 @@ def compile_one(kernel: Kernel, topology) -> list[Compiled]:
             lowered.compile()
             return [Compiled(kernel.name)]
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        thunks = "".join(path.read_text() for path in Path(folder).glob("*thunk_sequence*"))
-        return mosaic_kernels(log.read()) + triton_kernels(thunks)
+        # Dumped before and after the last passes over it.
+        thunks = max(path.read_text() for path in Path(folder).glob("*thunk_sequence*"))
+        return mosaic_kernels(log.read(), lowered.as_text()) + triton_kernels(thunks)
 
 
 @contextlib.contextmanager
@@ -173,19 +174,22 @@ def captured():
             os.close(saved[0]), os.close(saved[1])
 
 
-def mosaic_kernels(log: str) -> list[Compiled]:
-    """From what Mosaic GPU prints: each kernel's resources while lowering, then ptxas's reports in the same order."""
-    shared = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", log)]
+def mosaic_kernels(log: str, program: str) -> list[Compiled]:
+    """From what Mosaic GPU prints: resources of kernels in the program's order, then ptxas's reports in any order."""
+    sizes = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", log)]
     reports = re.findall(
         r"entry function '(\S+?)(?:_mosaic_gpu_kernel)?' for.*?bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         log,
         re.DOTALL,
     )
-    assert len(shared) == len(reports), (shared, reports)
+    names = sorted({name for name, *_ in reports}, key=len, reverse=True)
+    shared: dict[str, list[int]] = {name: [] for name in names}
+    for call, size in zip(program.split("@mosaic_gpu_v2(")[1:], sizes, strict=True):
+        shared[next(name for name in names if name in call)].append(size)
     return [
-        Compiled(name, int(registers), size, int(stores) + int(loads))
-        for size, (name, stores, loads, registers) in zip(shared, reports, strict=True)
+        Compiled(name, int(registers), shared[name].pop(0), int(stores) + int(loads))
+        for name, stores, loads, registers in reports
     ]
 
 

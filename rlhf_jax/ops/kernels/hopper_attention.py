@@ -86,7 +86,7 @@ def attend(
     # One multiple that every kernel's tiles divide.
     mask = mask.padded(forward.QUERY_TILE, 128)
     q, k, v = padded(q, 1, forward.QUERY_TILE), padded(k, 1, 128), padded(v, 1, 128)
-    out, lse = _attend(plan, q, k, v, sinks_of(terms, heads), _scene(mask, terms, heads, width))  # pyright: ignore[reportGeneralTypeIssues]
+    out, lse = _attend(plan, q, k, v, sinks_of(terms, heads), _scene(plan, mask, terms, heads))  # pyright: ignore[reportGeneralTypeIssues]
     return out[:, :length, :, :value_width], lse.swapaxes(1, 2)[:, :length]
 
 
@@ -94,11 +94,12 @@ def _to_width(x: Float[Array, "B S K D"], width: int) -> Float[Array, "B S K W"]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3])))
 
 
-def _scene(mask: Mask, terms: Terms, heads: int, width: int) -> Scene:
+def _scene(plan: Plan, mask: Mask, terms: Terms, heads: int) -> Scene:
+    width = plan.width
     queries = (mask.start, mask.end, mask.query_segments, mask.query_positions)
     # A key of segment 0 must not meet the queries of segment 0.
     keys = (mask.key_positions, jnp.where(mask.key_segments == 0, -1, mask.key_segments))
-    by_key = mask.blocks(backward.query_step(width), backward.key_tile(width)).swapaxes(1, 2)
+    by_key = mask.blocks(backward.query_step(width), backward.key_tile(plan)).swapaxes(1, 2)
     return Scene(
         queries=jnp.stack(queries, axis=1).astype(jnp.int32),
         keys=jnp.stack(keys, axis=1).astype(jnp.int32),

@@ -1,9 +1,9 @@
 """The backward pass of attention on Hopper, without atomics: the same bits each time.
 
 ``queries_gradient`` walks over the keys that a tile of queries sees, ``keys_gradient`` over the queries, of all heads
-of a group, that see a tile of keys; both compute the weights again from the log-sum-exp. Heads wider than 128 leave no
+of a group, that see a tile of keys; both compute the weights again from the log-sum-exp. Wide heads leave no
 registers for both gradients of a tile of keys in one warpgroup: there one of the two gathers that of the keys, and the
-other that of the values.
+other that of the values; and in the widest each gathers half of the width of a tile of queries.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def key_step(width: int) -> int:
     return 128 if width <= 64 else 64
 
 
-def key_tile(width: int) -> int:
+def key_tile(plan: Plan) -> int:
     """Keys of one block of ``keys_gradient``."""
-    return ROWS * CONSUMERS if width <= 128 else ROWS
+    return ROWS * CONSUMERS if plan.width <= 64 or (plan.width <= 128 and plan.folded) else ROWS
 
 
 def query_step(width: int) -> int:
@@ -234,7 +234,9 @@ def keys_gradient(
     rows, slots, key_heads, width = k.shape
     group = q.shape[2] // key_heads
     tile, depth = query_step(width), 4 if width <= 64 else 2
-    divided = key_tile(width) == ROWS
+    divided = key_tile(plan) == ROWS
+    # Two loops, with a mask and without, would spill registers: every step takes the mask.
+    one_loop = width > 128
     parts = 1 if divided else CONSUMERS
     shape = (ROWS, tile)
 
@@ -249,7 +251,7 @@ def keys_gradient(
         blocks = total_ref[row, block]
         masked_blocks = partial_ref[row, block]
         masked, steps = masked_blocks * group, blocks * group
-        described = steps if plan.sloped or divided else masked
+        described = steps if plan.sloped or one_loop else masked
 
         def place(i) -> tuple[Any, Any]:
             """Which query head a step is about, and which of the visited tiles: masked tiles of all heads first."""
@@ -295,9 +297,8 @@ def keys_gradient(
                 return sums
 
             sums = [zeros((ROWS, width))] * (for_keys + for_values)
-            # Two loops around so wide a sum spill registers: there every step takes the mask.
-            sums = lax.fori_loop(0, steps if divided else masked, partial(step, masked=True), sums)
-            if not divided:
+            sums = lax.fori_loop(0, steps if one_loop else masked, partial(step, masked=True), sums)
+            if not one_loop:
                 sums = lax.fori_loop(masked, steps, partial(step, masked=False), sums)
             # A warpgroup writes where the other, when they share a tile, may still read.
             plgpu.barrier_arrive(done)
