@@ -22,7 +22,7 @@ from rlhf_jax.stages.plans import stage_plan
 from rlhf_jax.stages.ppo import Reinforce
 from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.stages.settings import Chat, TokenizerSpec
-from rlhf_jax.stages.workspace import Monitor, Stage, Workspace
+from rlhf_jax.stages.workspace import Monitor, Workspace
 from rlhf_jax.training.metrics import Sink, TensorBoard, WeightsAndBiases
 from rlhf_jax.training.signals import StopRequested
 
@@ -201,7 +201,7 @@ def _conclude(
     return summary
 
 
-def _chosen(experiment: Experiment, only: Sequence[str]) -> list[Stage]:
+def _chosen(experiment: Experiment, only: Sequence[str]) -> list[AnyStage]:
     names = [stage.name for stage in experiment.stages]
     unknown = [name for name in only if name not in names]
     if unknown:
