@@ -203,10 +203,11 @@ def test_hopper_refuses_with_the_reason(change, reason):
     assert reason in str(hopper_decode.refusal(replace(HOPPER, **change)))
 
 
-def test_the_best_decoder_is_chosen(monkeypatch):
+def test_decoders_that_have_not_run_on_their_devices_are_taken_by_name_alone(monkeypatch):
     pretend_a_gpu(monkeypatch, "8.0")
-    assert choose_decoder("auto", GPU) == choose_decoder("triton", GPU) == "triton"
-    assert choose_decoder("auto", TPU) == "tpu"
+    assert choose_decoder("triton", GPU) == "triton"
+    assert choose_decoder("tpu", TPU) == "tpu"
+    assert choose_decoder("auto", GPU) == choose_decoder("auto", TPU) == "reference"
     assert choose_decoder("auto", replace(GPU, platform="cpu")) == "reference"
     assert choose_decoder("auto", replace(GPU, width=80)) == "reference"
     assert choose_decoder("reference", GPU) == "reference"
