@@ -24,6 +24,7 @@ from attention_pipe import Refused, serve
 
 from rlhf_jax.ops.attention import IMPLEMENTATIONS, Mask, Terms, attention, decode_attention, reference
 from rlhf_jax.ops.attention.decode import DECODERS
+from rlhf_jax.ops.attention.terms import CannotServe
 from rlhf_jax.ops.flash import FLASH_IMPLEMENTATIONS, flash_attention
 from rlhf_jax.ops.gau import GAU_IMPLEMENTATIONS, Relu2, gau_attention
 from rlhf_jax.types import Context
@@ -142,10 +143,12 @@ class Worker:
         most = 1.5 if jax.default_backend() == "cpu" else 10.0
         if self.name in ("reference", "xla") and its.kind != "flash" and its.dense_bytes > most * 2**30:
             raise Refused(f"would hold logits of {its.dense_bytes / 2**30:.0f} GiB several times")
+        # Rivals have no exception of their own for what they do not serve; any other of ours is a fault.
+        refusals = (CannotServe,) if self.family == "ours" else (ValueError, NotImplementedError)
         try:
             compute = ours(self.name, its) if self.family == "ours" else rival(self.family, self.name, its)
             return self._prepare(its, compute)
-        except (ValueError, NotImplementedError) as reason:
+        except refusals as reason:
             raise Refused(str(reason).strip()[:500]) from reason
 
     def _prepare(self, case: Case, compute: Compute) -> dict[str, Any]:

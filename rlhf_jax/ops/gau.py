@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.ops import gau_blocked, gau_reference
 from rlhf_jax.ops.attention.masks import Mask
-from rlhf_jax.ops.attention.terms import unproven
+from rlhf_jax.ops.attention.terms import CannotServe, unproven
 from rlhf_jax.ops.gau_terms import GauCase, Laplace, Relu2, Score
 from rlhf_jax.ops.kernels import hopper_gau, tpu_gau
 
@@ -92,7 +92,7 @@ def choose(implementation: str, case: GauCase, known: Mapping[str, Any]) -> str:
         return next(name for name, each in known.items() if each.refusal(case) is None and each.suits(case))
     reason = known[implementation].refusal(case)
     if reason is not None:
-        raise ValueError(
+        raise CannotServe(
             f"gated attention implementation {implementation!r} cannot serve: {reason}; take another, or 'auto' for "
             "the best that can"
         )

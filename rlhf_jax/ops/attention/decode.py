@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from rlhf_jax.ops.attention import reference
 from rlhf_jax.ops.attention.dispatch import check_implementation
 from rlhf_jax.ops.attention.masks import Mask
-from rlhf_jax.ops.attention.terms import Case, Terms, this_device, unproven
+from rlhf_jax.ops.attention.terms import CannotServe, Case, Terms, this_device, unproven
 from rlhf_jax.ops.kernels import decode_tpu, decode_triton, hopper_decode
 
 
@@ -77,7 +77,7 @@ def choose_decoder(implementation: str, case: Case) -> str:
         return "reference"
     reason = DECODERS[implementation].refusal(case)
     if reason is not None:
-        raise ValueError(
+        raise CannotServe(
             f"attention implementation {implementation!r} cannot decode: {reason}; take another, or 'auto' for the "
             "best that can"
         )

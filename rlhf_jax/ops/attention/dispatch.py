@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.ops.attention import blocked, reference
 from rlhf_jax.ops.attention.masks import Mask
-from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms, unproven
+from rlhf_jax.ops.attention.terms import HIDDEN, CannotServe, Case, Terms, unproven
 from rlhf_jax.ops.kernels import cudnn, hopper_attention, tpu_attention, triton_attention
 
 
@@ -118,7 +118,7 @@ def choose(implementation: str, case: Case) -> str:
         return next(name for name in serving if IMPLEMENTATIONS[name].suits(case))
     reason = _refusal(implementation, IMPLEMENTATIONS[implementation], case)
     if reason is not None:
-        raise ValueError(
+        raise CannotServe(
             f"attention implementation {implementation!r} cannot serve: {reason}; take another, or 'auto' for the "
             "best that can"
         )

@@ -87,6 +87,10 @@ class Case:
         )  # fmt: skip
 
 
+class CannotServe(ValueError):
+    """An implementation was named that refuses the case; the message says why."""
+
+
 def unproven(case: Any) -> bool:
     """That ``auto`` leaves alone what has not been run on its own device yet; it serves where it is named."""
     return False
