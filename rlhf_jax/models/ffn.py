@@ -49,13 +49,12 @@ class MLP(nn.Module):
         kernel = parameter(self, "in", (d_model, parts, self.width), ("embed", None, "mlp"), style.init_std, style)
         hidden = product(x, kernel)
         if self.bias:
-            hidden = hidden + parameter(self, "in_bias", (parts, self.width), (None, "mlp"), 0.0, style).reshape(-1)
+            hidden = hidden + parameter(self, "in_bias", (parts, self.width), (None, "mlp"), 0.0, style)
         activate = _ACTIVATIONS[self.activation]
         if self.gated:
-            gate, up = jnp.split(hidden, 2, axis=-1)
-            hidden = activate(gate) * up
+            hidden = activate(hidden[..., 0, :]) * hidden[..., 1, :]
         else:
-            hidden = activate(hidden)
+            hidden = activate(hidden[..., 0, :])
         kernel = parameter(self, "out", (self.width, d_model), ("mlp", "embed"), style.residual_std, style)
         y = product(hidden, kernel)
         return y + parameter(self, "out_bias", (d_model,), ("embed",), 0.0, style) if self.bias else y, {}

@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models.positions import Position
+from rlhf_jax.ops.meshes import active_mesh, whole_along
 from rlhf_jax.types import Context
 
 
@@ -47,20 +48,27 @@ class Shared:
 def parameter(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, style: Style
 ) -> Float[Array, " ..."]:
-    """Declare a weight drawn from N(0, std²) (zeros for std 0), with logical axes, in the compute dtype."""
+    """Declare a weight drawn from N(0, std²) (zeros for std 0), with logical axes, in the compute dtype.
+
+    Where devices hold parts of its ``embed`` axis, these are gathered here, when the layer needs them (ZeRO-3).
+    """
     initialise = nn.initializers.normal(std) if std > 0.0 else nn.initializers.zeros
     value = module.param(name, nn.with_logical_partitioning(initialise, axes), shape, style.param_dtype)
-    return cast(jax.Array, value).astype(style.dtype)
+    weight = cast(jax.Array, value).astype(style.dtype)
+    return whole_along(weight, axes.index("embed")) if "embed" in axes else weight
 
 
-def product(x: Float[Array, "B T in"], kernel: Float[Array, "in ..."]) -> Float[Array, "B T out"]:
-    """``x`` times the kernel, all of whose output axes are merged.
+def product(x: Float[Array, "B T in"], kernel: Float[Array, "in ..."]) -> Float[Array, "B T ..."]:
+    """``x`` times the kernel, over its first axis.
 
-    The rows are merged too: the gradient of the kernel is then one plain matrix product, for which XLA needs no
-    transposed copy (on CPU this makes a training step 1.1 to 1.2 times as fast).
+    On one device rows and output axes are merged: the gradient of the kernel is then one plain matrix product, for
+    which XLA needs no transposed copy (on CPU this makes a training step 1.1 to 1.2 times as fast). On a mesh they stay
+    apart, since merged axes could not be split over devices.
     """
+    if active_mesh() is not None:
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
     flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(x.shape[-1], -1)
-    return flat.reshape(*x.shape[:-1], -1)
+    return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def dropped(module: nn.Module, x: Float[Array, " ..."], shared: Shared) -> Float[Array, " ..."]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models.layers import RMSNorm, Shared, Style, dropped, parameter, product
 from rlhf_jax.models.positions import Learned, Position, RoPE, Sinusoidal
+from rlhf_jax.ops.meshes import constrain_tokens
 from rlhf_jax.ops.positions import sinusoidal
 from rlhf_jax.types import Cache, Context, PyTree
 
@@ -59,6 +60,7 @@ class Pattern(nn.Module):
         found, written = [], []
         for index, block in enumerate(self.blocks):
             x, cache, aux = block(x, shared, self.norm, None if caches is None else caches[index])
+            x = constrain_tokens(x)
             written.append(cache)
             found.append(aux)
         return x, (None if caches is None else tuple(written), tuple(found))
@@ -222,7 +224,7 @@ class Transformer(nn.Module):
         return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
 
     def _embed(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T E"]:
-        x = jnp.take(self.embedding, tokens, axis=0)
+        x = constrain_tokens(jnp.take(self.embedding, tokens, axis=0))
         if isinstance(self.position, Learned):
             x = x + jnp.take(self.position_embedding, context.positions, axis=0)
         elif isinstance(self.position, Sinusoidal):

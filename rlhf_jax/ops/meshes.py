@@ -74,3 +74,10 @@ def constrain_rows(tree: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(x, P(*spec, *[P.UNCONSTRAINED] * (x.ndim - 1)))
 
     return jax.tree.map(lambda x: constrained(x) if x.ndim else x, tree)
+
+
+def whole_along(x: jax.Array, axis: int) -> jax.Array:
+    """Gather one axis of an array; the others are left to the partitioner."""
+    if active_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*[None if i == axis else P.UNCONSTRAINED for i in range(x.ndim)]))

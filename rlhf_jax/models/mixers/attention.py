@@ -233,8 +233,8 @@ class Attention(nn.Module):
         kernel = parameter(self, "qkv", (x.shape[-1], *shape), ("embed", *axes), style.init_std, style)
         out = product(x, kernel)
         if self.qkv_bias:
-            out = out + parameter(self, "qkv_bias", shape, axes, 0.0, style).reshape(-1)
-        parts = jnp.split(out.reshape(*x.shape[:2], *shape), (per_group, per_group + 1), axis=3)
+            out = out + parameter(self, "qkv_bias", shape, axes, 0.0, style)
+        parts = jnp.split(out, (per_group, per_group + 1), axis=3)
         counts = (self.heads, self.groups, self.groups)
         return tuple(part.reshape(*x.shape[:2], n, width) for part, n in zip(parts, counts, strict=True))
 

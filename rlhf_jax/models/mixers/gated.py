@@ -131,7 +131,8 @@ def project(
     """
     width = value_width(expansion, x.shape[-1])
     wide = parameter(module, "gates", (x.shape[-1], 2, width), ("embed", None, "mlp"), style.init_std, style)
-    u, v = jnp.split(jax.nn.silu(product(x, wide)), 2, axis=-1)
+    both = jax.nn.silu(product(x, wide))
+    u, v = both[..., 0, :], both[..., 1, :]
     narrow = parameter(module, "keys", (x.shape[-1], key_dim), ("embed", "head_dim"), style.init_std, style)
     z = jax.nn.silu(product(x, narrow))
     scale = 1.0 + parameter(module, "use_scale", (uses, key_dim), (None, "head_dim"), style.init_std, style)

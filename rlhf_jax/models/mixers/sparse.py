@@ -312,7 +312,7 @@ def _project(mixer: Strided | Fixed, x, shared: Shared) -> tuple[jax.Array, jax.
     per_group, width = mixer.heads // groups, _width(mixer, x.shape[-1])
     shape, axes = (groups, per_group + 2, width), ("kv_heads", None, "head_dim")
     kernel = parameter(mixer, "qkv", (x.shape[-1], *shape), ("embed", *axes), style.init_std, style)
-    parts = jnp.split(product(x, kernel).reshape(*x.shape[:2], *shape), (per_group, per_group + 1), axis=3)
+    parts = jnp.split(product(x, kernel), (per_group, per_group + 1), axis=3)
     counts = (mixer.heads, groups, groups)
     q, k, v = (part.reshape(*x.shape[:2], n, width) for part, n in zip(parts, counts, strict=True))
     if mixer.qk_norm:
