@@ -61,7 +61,8 @@ def solve(
     lse = np.where(total > 0.0, top + np.log(divisor), NOTHING_SEEN)[..., 0]
 
     down = rounding(np.einsum("bthd,bshd->bhts", out_cotangent, v))
-    mean = (weights * down).sum(axis=-1, keepdims=True)
+    # From the output, which was rounded otherwise than ``down``: a program's two roundings do not cancel either.
+    mean = np.einsum("bthd,bthd->bht", out_cotangent, out)[..., None]
     inner = mean - lse_cotangent.transpose(0, 2, 1)[..., None]
     slope = rounding(weights * (down - inner))
     slope = slope if problem.softcap is None else slope * (1.0 - np.square(bent / problem.softcap))

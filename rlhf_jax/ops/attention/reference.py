@@ -1,4 +1,7 @@
-"""Dense attention: the definition that every other implementation is held against. O(T S) memory; exact in float64."""
+"""Dense attention: the definition that every other implementation is held against. O(T S) memory; exact in float64.
+
+Whatever lies in padding, NaN and infinity too, reaches no result and no gradient.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhf_jax.ops.attention.blocked_tiles import zero_where_padded
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import HIDDEN, Case, Terms
 
@@ -24,8 +28,24 @@ def attend(
     *,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    finite: bool = False,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """The output and the log of each query's sum of exponentials, in fp32 or wider."""
+    """The output and the log of each query's sum of exponentials, in fp32 or wider.
+
+    Args:
+        q: queries, and so on as in ``attention``.
+        k: keys.
+        v: values.
+        mask: who sees whom.
+        terms: what else the logits are made of.
+        dropout: probability of dropping a weight.
+        dropout_key: its randomness; none is applied without it.
+        finite: padding is known to hold finite numbers, as in a cache that holds what was written and zeros; this
+            saves decoding a copy of the keys and values at every step.
+    """
+    if not finite:
+        q = zero_where_padded(q, mask.query_segments)
+        k, v = (zero_where_padded(x, mask.key_segments) for x in (k, v))
     rows, length, heads, width = q.shape
     groups = k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -58,6 +78,8 @@ def attend(
     mixed = mixed / divisor.transpose(0, 3, 1, 2)[..., None]
     lse = jnp.where(empty, HIDDEN, top[..., 0] + jnp.log(divisor))
     out = mixed.reshape(rows, length, heads, v.shape[-1]).astype(q.dtype)
+    if not finite:
+        out = zero_where_padded(out, mask.query_segments)  # and so are cotangents
     return out, lse.transpose(0, 3, 1, 2).reshape(rows, length, heads)
 
 
