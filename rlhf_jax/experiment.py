@@ -16,6 +16,7 @@ from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.models import Transformer, abstract_params
 from rlhf_jax.runs.files import write_json
 from rlhf_jax.runs.rundir import RunDirectory, check_reuse, open_run, read_config
+from rlhf_jax.sharding import Layout, Placement
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.language import FineTune, Pretrain
 from rlhf_jax.stages.plans import stage_plan
@@ -44,6 +45,7 @@ class Experiment:
         chat: how conversations are written as text.
         seed: of everything that is random.
         sinks: also send metrics to ``tensorboard`` or ``wandb``.
+        layout: how models and batches are spread over the devices; numbers do not depend on it beyond rounding.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Experiment:
     chat: Chat = field(default_factory=ChatFormat)
     seed: int = 0
     sinks: tuple[str, ...] = ()
+    layout: Layout = Layout()
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]
@@ -71,12 +74,12 @@ class Experiment:
                 _check_kind(kinds, f"stages.{stage.name}.policy", stage.policy, "a language model")
                 _check_kind(kinds, f"stages.{stage.name}.reward", stage.reward, "a reward model")
 
-    def workspace(self, folder: Path, monitor: Monitor | None = None) -> Workspace:
-        """The experiment as its stages see it."""
+    def workspace(self, folder: Path, monitor: Monitor | None = None, placement: Placement = Placement()) -> Workspace:
+        """The experiment as its stages see it; on one device unless a ``placement`` is given."""
         return Workspace(
             folder=folder, seed=self.seed, model=self.model, tokenizer_spec=self.tokenizer, chat=self.chat,
             stage_names=tuple(stage.name for stage in self.stages), monitor=monitor,
-            make_sinks=_sinks(self, folder),
+            make_sinks=_sinks(self, folder), placement=placement,
         )  # fmt: skip
 
 
@@ -105,7 +108,7 @@ def run(
     """
     chosen, described = _chosen(experiment, only), config.describe(experiment)
     check_reuse(run_dir, described, resume)  # before data is read, and again when the directory is ours
-    workspace = experiment.workspace(run_dir, monitor)
+    workspace = experiment.workspace(run_dir, monitor, experiment.layout.place())
     for stage in chosen:
         if not workspace.is_finished(stage.name):
             stage.check(workspace)
@@ -114,6 +117,7 @@ def run(
     with (
         open_run(run_dir, described, source=source, overrides=overrides, resume=resume) as directory,
         _stoppable(workspace),
+        workspace.placement.active(),
     ):
         workspace.tokenizer.save(run_dir)
         directory.note(implementations={stage.name: stage_plan(stage, experiment.model) for stage in chosen})
@@ -133,11 +137,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the finished stages of a run again; ``known`` as for ``read_experiment``."""
     experiment = read_experiment(run_dir, known)
-    workspace = experiment.workspace(run_dir)
+    workspace = experiment.workspace(run_dir, placement=experiment.layout.place())
     if experiment.evaluation is None:
         raise UserError("the experiment has no evaluation", at=str(run_dir), expected="an Evaluation in its config()",
                         fix="add one and run it in another directory")  # fmt: skip
-    with open_run(run_dir, config.describe(experiment), resume=True) as directory, _stoppable(workspace):
+    with (
+        open_run(run_dir, config.describe(experiment), resume=True) as directory,
+        _stoppable(workspace),
+        workspace.placement.active(),
+    ):
         return _conclude(experiment, workspace, directory, announce)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Transformer, empty_cache, split_rounds
 from rlhf_jax.ops.filters import filter_logits
+from rlhf_jax.ops.meshes import constrain_rows
 from rlhf_jax.types import Cache, Context, Key, PromptBatch, PyTree, Rollout
 
 
@@ -159,7 +160,7 @@ def _sample(
     copies, params = sampling.samples_per_prompt, split_rounds(model, params)
     logits, cache = _prefill(model, params, prompts)
     logits = jnp.repeat(logits, copies, axis=0)
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts)
+    prompts = constrain_rows(jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts))
     rows = prompts.tokens.shape[0]
     keys = jax.vmap(lambda index, number: jax.random.fold_in(jax.random.fold_in(key, index), number))(
         prompts.index, jnp.arange(rows) % copies
@@ -196,7 +197,7 @@ def _prefill(model: Transformer, params: PyTree, prompts: PromptBatch) -> tuple[
     """Read each prompt once: the logits after its last token, and a cache of just the prompts' width."""
     rows, width = prompts.tokens.shape
     context = Context.of_lengths(prompts.lengths, width)
-    cache = empty_cache(model, rows, width)
+    cache = constrain_rows(empty_cache(model, rows, width))
     hidden, cache, _ = _apply(model, params, prompts.tokens, context, cache, method="hidden")
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
     return _apply(model, params, last, method="unembed"), cache
@@ -220,7 +221,7 @@ def _resized(model: Transformer, cache: Cache, rows: int, slots: int) -> Cache:
                 old = jnp.repeat(old, rows // old_rows, axis=axis)
         return old if old.shape == empty.shape else jax.lax.dynamic_update_slice(empty, old, (0,) * old.ndim)
 
-    return jax.tree.map(fit, cache, twice, empty_cache(model, rows, slots))
+    return constrain_rows(jax.tree.map(fit, cache, twice, empty_cache(model, rows, slots)))
 
 
 def _start(cache: Cache, rows: int, sampling: Sampling) -> _Decoding:

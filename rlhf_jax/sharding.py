@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import boxed_abstract_params
-from rlhf_jax.ops.meshes import AXES, token_spec, ways
+from rlhf_jax.ops.meshes import AXES, CONTEXT, token_spec, ways
 from rlhf_jax.types import PyTree, TrainState
 
 Rules = tuple[tuple[str, str | None], ...]
@@ -145,6 +145,14 @@ class Placement:
                             expected=f"a multiple of {self.row_ways}",
                             fix="change the number of rows, or the layout's data, fsdp and expert axes")  # fmt: skip
 
+    def check_tokens(self, length: int, at: str) -> None:
+        """Refuse a length of rows that the context axis does not split evenly."""
+        parts = 1 if self.mesh is None else self.mesh.shape[CONTEXT]
+        if length % parts:
+            raise UserError(f"rows of {length} tokens on a mesh with context={parts}", at=at,
+                            expected=f"a multiple of {parts}",
+                            fix="change the length, or the layout's context axis")  # fmt: skip
+
     def params(self, model: nn.Module) -> PyTree:
         """Shardings of a model's parameters, in their structure; None without a mesh.
 
@@ -206,7 +214,10 @@ class Placement:
         return jax.tree.map(lambda x: NamedSharding(self._mesh, self._batch_spec(np.shape(x))), tree)
 
     def _batch_spec(self, shape: tuple[int, ...]) -> P:
-        return token_spec(self._mesh, shape) if shape else P()
+        if not shape:
+            return P()
+        # Of rankings, [B, K, T], only the rows are cut here: their tokens are where the model has made rows of them.
+        return token_spec(self._mesh, shape[:1] if len(shape) > 2 else shape)
 
     def put_batch(self, tree: PyTree) -> PyTree:
         """A batch of the host, the same in every process, on the devices; each gets its own rows only."""
@@ -225,16 +236,14 @@ class Placement:
         """Arrays moved to shardings of the same structure, from whatever layout they have; None leaves them."""
         return tree if shardings is None else jax.device_put(tree, shardings)
 
-    def fetch(self, tree: PyTree) -> PyTree:
-        """Numpy arrays of the whole, in every process."""
-        if self.mesh is None:
-            return jax.device_get(tree)
-        everywhere = NamedSharding(self.mesh, P())
-
-        def whole(x: Any) -> Any:
-            return x if not isinstance(x, jax.Array) or x.is_fully_replicated else jax.device_put(x, everywhere)
-
-        return jax.device_get(jax.tree.map(whole, tree))
+    def folded(self) -> Placement:
+        """The same devices with the context axis joined to the data axis: a decode step has one token of each row."""
+        if self.mesh is None or self.mesh.shape[CONTEXT] == 1:
+            return self
+        sizes = {**self.mesh.shape, "data": self.mesh.shape["data"] * self.mesh.shape[CONTEXT], CONTEXT: 1}
+        # Devices that held tokens of the same rows become neighbours along ``data``, so that weights need not move.
+        order = np.moveaxis(self.mesh.devices, AXES.index(CONTEXT), 1).reshape(tuple(sizes.values()))
+        return Placement(Mesh(order, AXES, axis_types=self.mesh.axis_types), self.rules)
 
     @property
     def _mesh(self) -> Mesh:
@@ -249,7 +258,13 @@ def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def folded(layout: Layout) -> Layout:
-    """The layout to sample with: a decode step has one token a row, so the context axis joins the data axis."""
-    data = None if layout.data is None else layout.data * layout.context
-    return replace(layout, data=data, context=1)
+def fetch(tree: PyTree) -> PyTree:
+    """Numpy arrays of the whole in every process, also of what is spread over the devices of several."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        assert isinstance(x.sharding, NamedSharding)
+        return jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
+
+    return jax.device_get(jax.tree.map(whole, tree))

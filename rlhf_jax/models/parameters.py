@@ -12,10 +12,17 @@ from flax import linen as nn
 from rlhf_jax.types import Context, PyTree
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(model: nn.Module, key: jax.Array) -> PyTree:
-    """Freshly drawn parameters, without the boxes that carry logical axes."""
-    return nn.unbox(_init(model, key))
+def init_params(model: nn.Module, key: jax.Array, shardings: PyTree = None) -> PyTree:
+    """Freshly drawn parameters, without the boxes that carry logical axes.
+
+    Args:
+        model: whose parameters they are.
+        key: randomness; the numbers do not depend on the shardings.
+        shardings: where each of them is to lie, each device drawing its own part; None for the default device.
+    """
+    if shardings is None:
+        return _drawn(model, key)
+    return jax.jit(functools.partial(_unboxed, model), out_shardings=shardings)(key)
 
 
 def abstract_params(model: nn.Module) -> PyTree:
@@ -31,6 +38,13 @@ def boxed_abstract_params(model: nn.Module) -> PyTree:
 def count_params(model: nn.Module) -> int:
     """Number of trained numbers."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+
+
+def _unboxed(model: nn.Module, key: jax.Array) -> PyTree:
+    return nn.unbox(_init(model, key))
+
+
+_drawn = jax.jit(_unboxed, static_argnums=0)
 
 
 def _init(model: nn.Module, key: jax.Array) -> PyTree:

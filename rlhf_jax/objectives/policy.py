@@ -20,6 +20,7 @@ from rlhf_jax.objectives.ppo import PPO, Experience
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.scoring import LOGITS_AT_A_TIME, response_logprobs, response_values
+from rlhf_jax.sharding import Placement
 from rlhf_jax.types import Key, Metrics, PyTree, Rollout
 
 Evaluation = tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]
@@ -40,6 +41,11 @@ class SeparateCritic:
     def join(self, policy_params: PyTree, critic_params: PyTree) -> PyTree:
         """The parameters to train, from those of the two models."""
         return {"policy": policy_params, "critic": critic_params}
+
+    def placed(self, placement: Placement) -> PyTree:
+        """Shardings of the parameters to train; None on one device."""
+        found = placement.params(self.policy), placement.params(self.critic)
+        return None if placement.mesh is None else self.join(*found)
 
     def policy_params(self, params: PyTree) -> PyTree:
         """Parameters of the language model, as the sampler takes them."""
@@ -72,6 +78,10 @@ class SharedCritic:
     def join(self, policy_params: PyTree, critic_params: PyTree) -> PyTree:
         """The parameters to train: the policy's, with the critic's head (its trunk is not used)."""
         return {**critic_params, "trunk": policy_params}
+
+    def placed(self, placement: Placement) -> PyTree:
+        """Shardings of the parameters to train; None on one device."""
+        return placement.params(self.critic)
 
     def policy_params(self, params: PyTree) -> PyTree:
         """Parameters of the language model, as the sampler takes them."""

@@ -1,13 +1,13 @@
 """A run directory: created once, held by one process, resumed only with the configuration that it was made with.
 
-    config.json       the resolved configuration, its fingerprint
-    experiment.py     copy of the experiment file, for people; never imported
-    overrides.json    what was set on the command line
-    environment.json  code revision, versions, flags, devices of the first attempt
-    attempts.jsonl    one row per start: pid, host, time, what had changed
-    summary.json      written at the end, with "done": true
-    run.lock          who holds the directory
-    <stage>/          metrics.jsonl, summary.json, checkpoints of each stage
+config.json       the resolved configuration, its fingerprint
+experiment.py     copy of the experiment file, for people; never imported
+overrides.json    what was set on the command line
+environment.json  code revision, versions, flags, devices of the first attempt
+attempts.jsonl    one row per start: pid, host, time, what had changed
+summary.json      written at the end, with "done": true
+run.lock          who holds the directory
+<stage>/          metrics.jsonl, summary.json, checkpoints of each stage
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 ATTEMPTS_FILE = "attempts.jsonl"
 
-CHANGEABLE = ("*log_every", "*evaluate_every", "*save_every", "*keep", "*sinks*")
-"""Fields that may differ on resume, since they change what is recorded and not what is computed."""
+CHANGEABLE = ("*log_every", "*evaluate_every", "*save_every", "*keep", "*sinks*", "*layout*", "*offload*")
+"""Fields that may differ on resume, since they change what is recorded, or where it is computed, and not what."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,7 @@ def _is_empty(directory: Path) -> bool:
     return all(entry.name == LOCK_FILE for entry in directory.iterdir())
 
 
-def check_reuse(
-    directory: Path, description: Any, resume: bool, changeable: Sequence[str] = CHANGEABLE
-) -> list[tuple]:
+def check_reuse(directory: Path, description: Any, resume: bool, changeable: Sequence[str] = CHANGEABLE) -> list[tuple]:
     """The changes that a resumed run takes over; an error for those that it must not. Reads only."""
     if not (directory / CONFIG_FILE).is_file():
         return []  # new, or its first attempt died before it had begun

@@ -51,7 +51,7 @@ class Pretrain:
         sources = (*self.data, *self.heldout)
         tables = [text_rows(workspace, (source,), self.train.length, self.name) for source in sources]
         rows = sum(len(table.tokens) for table in tables[: len(self.data)])
-        self.train.check(rows, f"stages.{self.name}.train")
+        self.train.check(rows, f"stages.{self.name}.train", workspace.placement)
 
     def run(self, workspace: Workspace) -> None:
         tables = [text_rows(workspace, (source,), self.train.length, self.name) for source in self.data]
@@ -108,7 +108,7 @@ class FineTune:
             workspace.check_reference(self.init, f"stages.{self.name}.init", self.name)
         tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
         rows = sum(len(table.tokens) for table in tables[: len(self.data)])
-        self.train.check(rows, f"stages.{self.name}.train")
+        self.train.check(rows, f"stages.{self.name}.train", workspace.placement)
         if self.pretraining:
             text_rows(workspace, self.pretraining, self.train.length, self.name)
 
@@ -146,7 +146,7 @@ def _train(
 ) -> None:
     model = workspace.model
     if stage.init is None:
-        params = init_params(model, workspace.key(stage.name, "init"))
+        params = init_params(model, workspace.key(stage.name, "init"), workspace.placement.params(model))
     else:
         start = workspace.output(stage.init, f"stages.{stage.name}.init")
         check_same_architecture(start.trunk, model, stage.init)
@@ -159,9 +159,7 @@ def _train(
     )  # fmt: skip
 
 
-def heldout_loss(
-    workspace: Workspace, rows: TokenBatch, batch: int, name: str
-) -> Callable[[PyTree], dict[str, float]]:
+def heldout_loss(workspace: Workspace, rows: TokenBatch, batch: int, name: str) -> Callable[[PyTree], dict[str, float]]:
     """A function of the parameters: loss per target token over all rows, and bits per byte."""
     decode = workspace.tokenizer.decode
 

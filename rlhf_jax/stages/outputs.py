@@ -1,8 +1,8 @@
 """What a stage leaves behind and another starts from: a model, its parameters and its tokenizer, in one folder.
 
-    model.json       the model as a description that reads back (``config.revive``), and what kind it is
-    tokenizer*.json  the tokenizer
-    params/          the parameters, with a checksum of every file
+model.json       the model as a description that reads back (``config.revive``), and what kind it is
+tokenizer*.json  the tokenizer
+params/          the parameters, with a checksum of every file
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import BAD_DATA, MISSING_INPUT, UserError
 from rlhf_jax.models import ScalarModel, Transformer, abstract_params
 from rlhf_jax.runs.files import write_json
+from rlhf_jax.sharding import Placement, with_shardings
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.types import PyTree
 
@@ -61,12 +62,13 @@ def is_output(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def load_output(folder: Path, known: Mapping[str, Any] | None = None) -> Output:
+def load_output(folder: Path, known: Mapping[str, Any] | None = None, placement: Placement = Placement()) -> Output:
     """Read what ``save_output`` wrote; a damaged file is an error that names it.
 
     Args:
         folder: the output.
         known: the user's own classes in it by name, as for ``config.revive``.
+        placement: where the parameters go; each device reads its own parts.
     """
     if not is_output(folder):
         raise UserError("no model was saved here", at=str(folder), expected=f"a folder with {MODEL_FILE}",
@@ -80,7 +82,7 @@ def load_output(folder: Path, known: Mapping[str, Any] | None = None) -> Output:
         raise UserError(f"damaged ({type(fault).__name__}: {fault})", at=str(folder / MODEL_FILE),
                         expected="a description of a model", fix="run the stage again",
                         exit_code=BAD_DATA) from fault  # fmt: skip
-    params = load_params(folder / "params", abstract_params(model))
+    params = load_params(folder / "params", with_shardings(abstract_params(model), placement.params(model)))
     return Output(model, params, tokenizers.load(folder), notes)
 
 

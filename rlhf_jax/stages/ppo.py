@@ -20,6 +20,7 @@ from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic, Share
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.objectives.ptx import PtxMix
 from rlhf_jax.sampling import Sampling, sample
+from rlhf_jax.sharding import Layout, Placement, fetch
 from rlhf_jax.stages.language import check_length, text_rows
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import Gold, Prompts, gold_rewards, read_prompts, response_texts, score_rollout
@@ -75,6 +76,8 @@ class Reinforce:
         gold: a reward to watch and not to train on.
         too_long: whether a prompt over ``prompt_length`` is an error or left out.
         rows_at_a_time: rollout rows in a forward pass without gradient; None takes all.
+        sampling_layout: the mesh to sample on; None takes that of training, with its context axis added to the data
+            axis, since a decode step has one token of each row. The policy moves between the two on the devices.
     """
 
     policy: str = "sft"
@@ -95,6 +98,7 @@ class Reinforce:
     gold: Gold | None = None
     too_long: Literal["error", "drop"] = "error"
     rows_at_a_time: int | None = None
+    sampling_layout: Layout | None = None
     save_every: int = 20
     samples_every: int = 10
     name: str = "ppo"
@@ -139,6 +143,7 @@ class Reinforce:
             workspace.check_reference(self.reward, f"stages.{self.name}.reward", self.name, ScalarModel)
         check_schedule(self.optimizer, self.updates, f"stages.{self.name}.optimizer")
         self._prompts(workspace)
+        self._check_placement(workspace.placement)
         if self.ptx is not None:
             check_length(workspace, self.ptx.length, self.name)
             text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
@@ -147,8 +152,10 @@ class Reinforce:
         folder, at = workspace.stage_folder(self.name), f"stages.{self.name}"
         reference = workspace.output(self.policy, f"{at}.policy", Transformer)
         scorer = workspace.output(self.reward, f"{at}.reward", ScalarModel) if isinstance(self.reward, str) else None
+        placement, ema = workspace.placement, self.ema_decay is not None
         objective, params = self._objective(workspace, reference, scorer)
         optimizer = self.optimizer.build(self.updates)
+        shardings = placement.state(optimizer, params, objective.models.placed(placement), ema)
         prompts = self._prompts(workspace)
         samples = SampleLog(folder / "samples.jsonl", self.samples_every)
         streams = {}
@@ -160,15 +167,15 @@ class Reinforce:
             sample=self._sampler(workspace, objective.models),
             score=self._scorer(workspace, scorer, prompts, samples),
             prepare=_preparation(objective, reference.params, self.ppo),
-            batch=self._batches(objective),
-            update=self._update(workspace, objective, optimizer),
+            batch=self._batches(objective, placement),
+            update=self._update(objective, optimizer, shardings),
             control=lambda coef, metrics: self.ppo.kl.update(coef, metrics["kl/sequence"], self.rollout),
         )
         with MetricsWriter(folder / "metrics.jsonl", workspace.sinks(self.name)) as metrics:
             state = reinforce(
                 program,
                 Plan(iterations=self.iterations, minibatch=self.minibatch, epochs=self.epochs, streams=streams),
-                init_state(params, optimizer, ema=self.ema_decay is not None),
+                init_state(params, optimizer, ema=ema, shardings=shardings),
                 self.ppo.kl.init(),
                 shuffled_batches(
                     [prompts.table.rows], self.prompts_per_iteration, workspace.data_seed(self.name, "prompts")
@@ -185,6 +192,19 @@ class Reinforce:
         policy = objective.models.policy_params(trained)
         workspace.save(self.name, Output(workspace.model, policy, workspace.tokenizer, notes))
 
+    def _check_placement(self, placement: Placement) -> None:
+        """The meshes split what is to be split on them."""
+        at = f"stages.{self.name}"
+        placement.check_rows(self.minibatch // self.microbatches, "microbatches", at)
+        placement.check_rows(self.rollout if self.rows_at_a_time is None else self.rows_at_a_time, "rollouts", at)
+        placement.check_tokens(self.prompt_length + self.sampling.max_new_tokens, at)
+        self._sampling_placement(placement).check_rows(self.prompts_per_iteration, "prompts", f"{at}.sampling_layout")
+        if self.ptx is not None:
+            placement.check_tokens(self.ptx.length, f"{at}.ptx")
+
+    def _sampling_placement(self, placement: Placement) -> Placement:
+        return placement.folded() if self.sampling_layout is None else self.sampling_layout.place()
+
     def _prompts(self, workspace: Workspace) -> Prompts:
         return read_prompts(workspace, self.prompts, self.prompt_length, self.too_long, self.name)
 
@@ -198,7 +218,7 @@ class Reinforce:
             models, critic_params = SeparateCritic(policy, scorer.model), scorer.params
         else:
             critic = ScalarModel(policy, head_init="zero")
-            fresh = init_params(critic, workspace.key(self.name, "critic"))
+            fresh = init_params(critic, workspace.key(self.name, "critic"), workspace.placement.params(critic))
             critic_params = {**fresh, "trunk": reference.params}
             models = SharedCritic(critic) if self.critic == "shared" else SeparateCritic(policy, critic)
         objective = PolicyOptimization(self.ppo, models, self.sampling, rows=self.rows_at_a_time)
@@ -206,9 +226,15 @@ class Reinforce:
 
     def _sampler(self, workspace: Workspace, models: SeparateCritic | SharedCritic) -> Callable[..., Rollout]:
         ids = {"eos_id": workspace.tokenizer.eos_id, "pad_id": workspace.tokenizer.pad_id}
+        training, sampling = workspace.placement, self._sampling_placement(workspace.placement)
+        shardings = sampling.params(models.policy)
 
         def draw(params: PyTree, prompts, key, step) -> Rollout:
-            return sample(models.policy, models.policy_params(params), prompts, self.sampling, key, step, **ids)
+            policy = sampling.put(models.policy_params(params), shardings)
+            with sampling.active():
+                prompts = sampling.put_batch(prompts)
+                rollout = sample(models.policy, policy, prompts, self.sampling, key, step, **ids)
+            return training.put_batch(rollout)
 
         return draw
 
@@ -222,12 +248,13 @@ class Reinforce:
             logged = samples.due(iteration)
             texts, messages = [], []
             if scorer is None or self.gold is not None or logged:
-                texts, messages = response_texts(rollout, workspace.tokenizer), prompts.messages(rollout)
+                said = fetch(rollout)
+                texts, messages = response_texts(said, workspace.tokenizer), prompts.messages(said)
             if scorer is None:
                 assert isinstance(self.reward, Gold)
                 given = gold_rewards(self.reward, messages, texts).astype(np.float32)
             else:
-                given = np.asarray(score_rollout(scorer.model, scorer.params, rollout))
+                given = fetch(score_rollout(scorer.model, scorer.params, rollout))
             if logged:
                 samples.write(iteration, messages, texts, given.tolist())
             if self.gold is None:
@@ -236,20 +263,21 @@ class Reinforce:
 
         return score
 
-    def _batches(self, objective: PolicyOptimization) -> Callable[..., Any]:
+    def _batches(self, objective: PolicyOptimization, placement: Placement) -> Callable[..., Any]:
         def batch(experience, rows: np.ndarray, streams: Mapping[str, Any]) -> Any:
-            chosen = take_rows(experience, rows)
+            chosen = placement.put_batch(take_rows(experience, rows))
             if self.ptx is None:
                 return chosen
-            return self._mix(objective).join(chosen, jax.tree.map(jnp.asarray, next(streams["text"])))
+            text = jax.tree.map(jnp.asarray, placement.put_batch(next(streams["text"])))
+            return self._mix(objective).join(chosen, text)
 
         return batch
 
-    def _update(self, workspace: Workspace, objective: PolicyOptimization, optimizer):
+    def _update(self, objective: PolicyOptimization, optimizer, shardings: PyTree):
         whole = objective if self.ptx is None else self._mix(objective)
         return make_train_step(
             whole.loss, optimizer, with_weights=whole.with_weights, microbatches=self.microbatches,
-            ema_decay=self.ema_decay,
+            ema_decay=self.ema_decay, state_shardings=shardings,
         )  # fmt: skip
 
     def _mix(self, objective: PolicyOptimization) -> PtxMix:

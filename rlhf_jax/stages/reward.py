@@ -70,7 +70,7 @@ class TrainReward:
         workspace.check_reference(self.init, f"stages.{self.name}.init", self.name)
         tables = [self._table(workspace, (source,)) for source in (*self.data, *self.heldout)]
         rows = sum(len(table.tokens) for table in tables[: len(self.data)])
-        self.train.check(rows, f"stages.{self.name}.train")
+        self.train.check(rows, f"stages.{self.name}.train", workspace.placement)
         check_centre(workspace, self.centre, self.train.length, self.name)
 
     def run(self, workspace: Workspace) -> None:
@@ -78,7 +78,7 @@ class TrainReward:
         batches = self._batches(workspace, tables)
         base = workspace.output(self.init, f"stages.{self.name}.init")
         model = ScalarModel(base.trunk.clone(parent=None), head_init="reward")
-        fresh = init_params(model, workspace.key(self.name, "init"))
+        fresh = init_params(model, workspace.key(self.name, "init"), workspace.placement.params(model))
         objective = RewardModel(model, normalise=self.normalise, centre_coef=self.centre_coef, name=self.name)
         heldout = [self._table(workspace, (source,)) for source in self.heldout]
 

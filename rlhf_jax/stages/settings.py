@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from rlhf_jax.data.chat import ChatFormat, TemplateFormat
 from rlhf_jax.data.tokenizers import ByteTokenizer, CharTokenizer, SavedTokenizer, Tokenizer, train_bpe
 from rlhf_jax.errors import UserError
+from rlhf_jax.sharding import Placement
 from rlhf_jax.training.optimizer import Optimizer
 
 
@@ -96,9 +97,11 @@ class Training:
         assert self.epochs is not None
         return max(1, math.ceil(self.epochs * rows / self.batch))
 
-    def check(self, rows: int, at: str) -> None:
-        """The schedule fits into the steps."""
+    def check(self, rows: int, at: str, placement: Placement) -> None:
+        """The schedule fits into the steps, and the mesh splits a microbatch evenly."""
         check_schedule(self.optimizer, self.total_steps(rows), at)
+        placement.check_rows(self.batch // self.microbatches, "microbatches", at)
+        placement.check_tokens(self.length, at)
 
 
 def check_schedule(optimizer: Optimizer, steps: int, at: str) -> None:

@@ -41,11 +41,14 @@ def train_supervised(
         finish: may change the final parameters, and adds to the output's notes.
     """
     folder = workspace.stage_folder(stage)
-    optimizer = training.optimizer.build(total_steps)
+    optimizer, ema = training.optimizer.build(total_steps), training.ema_decay is not None
+    placement = workspace.placement
+    shardings = placement.state(optimizer, params, placement.params(model), ema)
     step = make_train_step(
-        loss, optimizer, with_weights=with_weights, microbatches=training.microbatches, ema_decay=training.ema_decay
-    )
-    state = init_state(params, optimizer, ema=training.ema_decay is not None)
+        loss, optimizer, with_weights=with_weights, microbatches=training.microbatches, ema_decay=training.ema_decay,
+        state_shardings=shardings,
+    )  # fmt: skip
+    state = init_state(params, optimizer, ema=ema, shardings=shardings)
     with MetricsWriter(folder / "metrics.jsonl", workspace.sinks(stage)) as metrics:
         state = train(
             state,
@@ -62,6 +65,7 @@ def train_supervised(
             log_every=training.log_every,
             prefix=stage,
             count_tokens=count_tokens,
+            place=placement.put_batch,
             on_row=workspace.watch(stage, total_steps),
         )
     params, notes = state.params if state.ema is None else state.ema, {}

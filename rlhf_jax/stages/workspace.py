@@ -18,6 +18,7 @@ from rlhf_jax.data.readers import Records
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import MISSING_INPUT, UserError
 from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.sharding import Placement
 from rlhf_jax.stages.outputs import (
     Model,
     Output,
@@ -65,6 +66,7 @@ class Workspace:
         stop: set by SIGTERM or SIGINT; loops poll it.
         monitor: is told of each row that is written; for progress on a screen.
         make_sinks: other places that a stage's metrics go to.
+        placement: the devices, and what lies where on them.
     """
 
     folder: Path
@@ -76,6 +78,7 @@ class Workspace:
     stop: StopSignal = field(default_factory=StopSignal)
     monitor: Monitor | None = None
     make_sinks: Callable[[str], tuple[Sink, ...]] = lambda stage: ()
+    placement: Placement = Placement()
     tokenizer: Tokenizer = field(init=False)
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -162,7 +165,7 @@ class Workspace:
                             expected="an earlier stage", fix="change the order of the stages")  # fmt: skip
         folder = self.locate(reference, at)
         if folder is not None:
-            self._checked(load_output(folder, config.names(self.model)), at, folder, kind)
+            self._checked(load_output(folder, config.names(self.model), self.placement), at, folder, kind)
 
     def output(self, reference: str, at: str, kind: type[Model] | None = None) -> Output:
         """What a stage left; ``at`` is the field that names it, ``kind`` what it must be."""
@@ -172,7 +175,7 @@ class Workspace:
                 f"stage {reference!r} has not been run in {self.folder}", at=at, expected="its output",
                 fix=f"run it first (--only {reference}), or name the output of another run", exit_code=MISSING_INPUT,
             )  # fmt: skip
-        return self._checked(load_output(folder, config.names(self.model)), at, folder, kind)
+        return self._checked(load_output(folder, config.names(self.model), self.placement), at, folder, kind)
 
     def _checked(self, output: Output, at: str, folder: Path, kind: type[Model] | None) -> Output:
         if kind is not None and not isinstance(output.model, kind):

@@ -46,6 +46,7 @@ def train(
     log_every: int = 1,
     prefix: str = "",
     count_tokens: Callable[[Any], int] | None = None,
+    place: Callable[[Any], Any] = lambda batch: batch,
     on_row: Callable[[Row], None] | None = None,
 ) -> TrainState:
     """Makes the steps that are missing and returns the state after the last one.
@@ -67,6 +68,7 @@ def train(
         log_every: see ``metrics``.
         prefix: of the metrics' names, e.g. ``sft``.
         count_tokens: tokens of a batch, for ``perf/tokens_per_s``.
+        place: puts a batch where the step wants it.
         on_row: called with every row.
 
     Raises:
@@ -106,7 +108,7 @@ def train(
 
     while step < total_steps:
         batch = _next(batches, step)
-        state, values = step_fn(state, batch, jax.random.fold_in(key, step))
+        state, values = step_fn(state, place(batch), jax.random.fold_in(key, step))
         if running is not None:
             # The metrics of a step are fetched while the next one runs, so that the device never waits.
             number, earlier = running

@@ -20,10 +20,13 @@ Loss = Callable[[PyTree, Any, Key], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False, shardings: PyTree = None
+) -> TrainState:
     """The state before the first step; with ``ema`` the average of the weights starts at the weights.
 
-    The state owns its arrays: a step donates them, so ``params`` are copied and stay usable.
+    The state owns its arrays: a step donates them, so ``params`` are copied and stay usable. ``shardings`` (a
+    ``TrainState`` of them) says where its parts lie.
     """
 
     def build(params: PyTree) -> TrainState:
@@ -31,7 +34,7 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, *, ema: 
         return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params), average)
 
     # Outputs of one program never share a buffer with each other or with the inputs, which donation needs.
-    return jax.jit(build)(params)
+    return jax.jit(build, out_shardings=shardings)(params)
 
 
 def make_train_step(
