@@ -176,6 +176,34 @@ def decoding(module: str, target: str, widths: tuple[int, ...]) -> tuple[Kernel,
     )
 
 
+def grouped(target: str) -> tuple[Kernel, ...]:
+    """Rows sorted by expert times the expert's matrix, either way round, and the matrices' gradient."""
+    module = {H200: "hopper_grouped", TPU: "tpu_grouped"}[target]
+
+    def forward_and_backward(rows: int, depth: int, width: int, experts: int):
+        def build():
+            kernels = importlib.import_module(f"rlhf_jax.ops.kernels.{module}")
+
+            def both(x, w, sizes, cotangent):
+                out = kernels.grouped_matmul(x, w, sizes)
+                dx = kernels.grouped_matmul(cotangent, w, sizes, transpose_w=True)
+                return out, dx, kernels.grouped_outer(x, cotangent, sizes)
+
+            def shape(*sizes, dtype=jnp.bfloat16) -> Any:
+                return jax.ShapeDtypeStruct(sizes, dtype)
+
+            numbers = shape(experts, dtype=jnp.int32)
+            return both, (shape(rows, depth), shape(experts, depth, width), numbers, shape(rows, width))
+
+        return build
+
+    wanted = [(1 << 14, 4096, 14336, 8), (1 << 14, 2048, 768, 128), (100, 128, 384, 8)]
+    return tuple(
+        Kernel(f"{module} M={rows} K={k} N={n} E={experts}", target, forward_and_backward(rows, k, n, experts))
+        for rows, k, n, experts in wanted
+    )
+
+
 CASES: tuple[Kernel, ...] = (
     *gated(H200),
     *gated(TPU),
@@ -185,4 +213,6 @@ CASES: tuple[Kernel, ...] = (
     *decoding("hopper_decode", H200, (64, 128)),
     *decoding("decode_triton", H200, (64, 128, 256)),
     *decoding("decode_tpu", TPU, (64, 128, 256)),
+    *grouped(H200),
+    *grouped(TPU),
 )

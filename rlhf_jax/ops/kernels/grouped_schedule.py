@@ -29,15 +29,20 @@ class GroupedCase:
     dtype: str
 
 
+ALIGNED = 8
+"""Rows that a tile in shared memory is made of: a copy to or from it begins at a multiple of them."""
+
+
 @struct.dataclass
 class Tiles:
-    """Tiles of rows that begin where their group does: no tile has rows of two groups.
+    """Tiles of rows that begin near where their group does, so that none is visited for two groups.
 
-    ``group`` is ``G`` for tiles of rows behind the last group; ``begin`` and ``end`` bound a tile's rows. Entries from
-    ``count`` on mean nothing.
+    ``group`` is ``G`` for tiles of rows behind the last group. ``start`` is a multiple of ``ALIGNED``; of the rows from
+    there on those from ``begin`` to ``end`` are the group's. Entries from ``count`` on mean nothing.
     """
 
     group: Int[Array, " S"]
+    start: Int[Array, " S"]
     begin: Int[Array, " S"]
     end: Int[Array, " S"]
     count: Int[Array, ""]
@@ -71,11 +76,16 @@ def bounds(sizes: Int[Array, " G"], rows: int) -> tuple[Int[Array, " G+1"], Int[
 
 
 def tiles(sizes: Int[Array, " G"], rows: int, tile: int) -> Tiles:
-    """The tiles of ``tile`` rows, in order of their rows; a group's last one may be shorter, empty groups have none."""
+    """The tiles of ``tile`` rows, in order of their rows; empty groups have none."""
     begins, ends = bounds(sizes, rows)
-    group, nth, count = _entries(-(-(ends - begins) // tile), -(-rows // tile) + sizes.shape[0])
-    begin = begins[group] + nth * tile
-    return Tiles(group, begin, jnp.minimum(begin + tile, ends[group]), count)
+    starts = begins // ALIGNED * ALIGNED
+    needed = jnp.where(ends > begins, -(-(ends - starts) // tile), 0)
+    # Each group adds less than a tile at its end and ALIGNED rows at its start.
+    longest = (rows + begins.shape[0] * (tile + ALIGNED - 2)) // tile
+    group, nth, count = _entries(needed, longest)
+    start = starts[group] + nth * tile
+    begin, end = jnp.maximum(start, begins[group]), jnp.minimum(start + tile, ends[group])
+    return Tiles(group, start, begin, end, count)
 
 
 def visits_of_blocks(sizes: Int[Array, " G"], rows: int, block: int) -> Visits:
