@@ -4,6 +4,7 @@ from rlhf_jax.models.ffn import MLP, GeGLU, SwiGLU
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
 from rlhf_jax.models.mixers import FLASH, GAU, Attention
+from rlhf_jax.models.moe import MoE
 from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, count_params, init_params
 from rlhf_jax.models.plans import Plan, plan
 from rlhf_jax.models.positions import NTK, ALiBi, DynamicNTK, Learned, Linear, Llama3, RoPE, Sinusoidal, YaRN
@@ -23,6 +24,7 @@ __all__ = [
     "Learned",
     "Linear",
     "Llama3",
+    "MoE",
     "Plan",
     "RMSNorm",
     "RoPE",

@@ -10,12 +10,13 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.models.layers import Shared, parameter, product
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+"""By the names that feed-forwards take."""
 
 
 class MLP(nn.Module):
@@ -36,8 +37,8 @@ class MLP(nn.Module):
     def __post_init__(self):
         if self.width < 1:
             raise ValueError(f"the feed-forward width must be positive, got {self.width}")
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; expected one of {', '.join(_ACTIVATIONS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         super().__post_init__()
 
     @nn.compact
@@ -49,7 +50,7 @@ class MLP(nn.Module):
         hidden = product(x, kernel)
         if self.bias:
             hidden = hidden + parameter(self, "in_bias", (parts, self.width), (None, "mlp"), 0.0, style)
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
         if self.gated:
             hidden = activate(hidden[..., 0, :]) * hidden[..., 1, :]
         else:

@@ -35,7 +35,8 @@ class Shared:
     """Inputs that are the same for every layer of one forward pass.
 
     ``keys`` describes the tokens that can be seen: the slots of the cache (with the new tokens already entered), or
-    the queries themselves without a cache. ``slot`` is where the first new token goes in a cache.
+    the queries themselves without a cache. ``slot`` is where the first new token goes in a cache. ``routing`` is given
+    to each routed layer apart: the experts that its tokens go to, None to choose them.
     """
 
     queries: Context
@@ -43,6 +44,7 @@ class Shared:
     slot: Int[Array, ""] | None = None
     style: Style = struct.field(pytree_node=False, default=Style())
     deterministic: bool = struct.field(pytree_node=False, default=True)
+    routing: Int[Array, "B T k"] | None = None
 
 
 def parameter(

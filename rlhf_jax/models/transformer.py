@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from rlhf_jax.models.layers import RMSNorm, Shared, Style, dropped, parameter, product
 from rlhf_jax.models.positions import Learned, Position, RoPE, Sinusoidal
@@ -26,6 +26,10 @@ REMAT_POLICIES = (
     "everything_saveable",
 )
 """Names in ``jax.checkpoint_policies``: what the backward pass may keep instead of computing it again."""
+
+
+Aux = dict[str, Shaped[Array, "layers ..."]]
+"""What layers report about themselves, on a leading axis of the layers that report it."""
 
 
 class Block(nn.Module):
@@ -56,10 +60,19 @@ class Pattern(nn.Module):
     norm: nn.Module
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], shared: Shared, caches: tuple[PyTree, ...] | None):
-        found, written = [], []
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        shared: Shared,
+        caches: tuple[PyTree, ...] | None,
+        routing: Int[Array, "routed B T k"] | None,
+    ):
+        found, written, routed = [], [], 0
         for index, block in enumerate(self.blocks):
-            x, cache, aux = block(x, shared, self.norm, None if caches is None else caches[index])
+            own = shared
+            if routing is not None and _routes(block):
+                own, routed = dataclasses.replace(shared, routing=routing[routed]), routed + 1
+            x, cache, aux = block(x, own, self.norm, None if caches is None else caches[index])
             x = constrain_tokens(x)
             written.append(cache)
             found.append(aux)
@@ -126,6 +139,12 @@ class Transformer(nn.Module):
             block.mixer.check(self.d_model)
             if hasattr(block.mixer, "check_position"):
                 block.mixer.check_position(self.position, self.d_model)
+        kinds = {(block.ffn.experts, block.ffn.top_k) for block in self.pattern if _routes(block)}  # pyright: ignore
+        if len(kinds) > 1:
+            raise ValueError(
+                "all mixtures of experts of a model need equal experts and top_k, so that routing is one array; got "
+                + " and ".join(f"{experts} experts with top_k {k}" for experts, k in sorted(kinds))
+            )
         super().__post_init__()
 
     @property
@@ -164,7 +183,7 @@ class Transformer(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=self.repeats,
             unroll=self.repeats if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -177,16 +196,31 @@ class Transformer(nn.Module):
         free = tuple(block.clone(parent=None, _deep_clone=True) for block in self.pattern)
         return {"blocks": free, "norm": self.norm.clone(parent=None)}
 
+    @property
+    def routed_layers(self) -> int:
+        """Number of blocks whose feed-forward is a mixture of experts."""
+        return self.repeats * sum(map(_routes, self.pattern))
+
     def __call__(
-        self, tokens: Int[Array, "B T"], context: Context, cache: Cache | None = None, deterministic: bool = True
-    ) -> tuple[Float[Array, "B T V"], Cache | None, dict[str, Float[Array, " layers"]]]:
+        self,
+        tokens: Int[Array, "B T"],
+        context: Context,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        routing: Int[Array, "routed B T k"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Cache | None, Aux]:
         """Logits (fp32) of the next token after each token."""
-        x, cache, aux = self.hidden(tokens, context, cache, deterministic)
+        x, cache, aux = self.hidden(tokens, context, cache, deterministic, routing)
         return self.unembed(x), cache, aux
 
     def hidden(
-        self, tokens: Int[Array, "B T"], context: Context, cache: Cache | None = None, deterministic: bool = True
-    ) -> tuple[Float[Array, "B T E"], Cache | None, dict[str, Float[Array, " layers"]]]:
+        self,
+        tokens: Int[Array, "B T"],
+        context: Context,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        routing: Int[Array, "routed B T k"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | None, Aux]:
         """What the unembedding reads.
 
         Args:
@@ -194,9 +228,13 @@ class Transformer(nn.Module):
             context: their positions and segments.
             cache: of the tokens before them; the new ones are entered at ``next_slot`` and after, which must exist.
             deterministic: no dropout; otherwise ``rngs={"dropout": key}`` is needed.
+            routing: experts that the tokens go to, as an earlier pass reported them under "moe/experts"; None to
+                choose them.
 
         Returns:
-            The hidden states, the cache with the new tokens in it, and scalars that layers report about themselves.
+            The hidden states, the cache with the new tokens in it, and what layers report about themselves. Reports
+            of one name are stacked on a leading axis of the layers that have it: all rounds of the first such block of
+            the pattern, then those of the next.
         """
         if tokens.shape[1] > self.max_length:
             raise ValueError(
@@ -205,13 +243,15 @@ class Transformer(nn.Module):
             )
         shared = Shared(context, context, style=self.style, deterministic=deterministic)
         x = dropped(self, self._embed(tokens, context), shared)
+        if routing is not None:
+            routing = self._by_round(routing)
         if cache is None:
-            x, (_, aux) = self.stack(x, shared, None)
+            x, (_, aux) = self.stack(x, shared, None, routing)
         else:
             cache = _enter(cache, context)
             keys = Context(cache.positions, cache.segments)
             shared = dataclasses.replace(shared, keys=keys, slot=cache.next_slot)
-            x, layers, aux = self._through_cache(x, shared, cache.layers)
+            x, layers, aux = self._through_cache(x, shared, cache.layers, routing)
             cache = dataclasses.replace(cache, layers=layers, next_slot=cache.next_slot + tokens.shape[1])
         if self.final_norm:
             x = self.last_norm(x, shared.style)
@@ -232,7 +272,21 @@ class Transformer(nn.Module):
             x = x + self.position.amplitude * waves
         return x.astype(self.dtype)
 
-    def _through_cache(self, x: Float[Array, "B T E"], shared: Shared, layers: tuple[PyTree, ...]):
+    def _by_round(self, routing: Int[Array, "routed B T k"]) -> Int[Array, "repeats blocks B T k"]:
+        """The routing of each round, from the order in which layers report."""
+        if self.routed_layers == 0 or routing.shape[0] != self.routed_layers:
+            raise ValueError(
+                f"routing is for {routing.shape[0]} layers, and the model has {self.routed_layers} mixtures of experts"
+            )
+        return routing.reshape(-1, self.repeats, *routing.shape[1:]).swapaxes(0, 1)
+
+    def _through_cache(
+        self,
+        x: Float[Array, "B T E"],
+        shared: Shared,
+        layers: tuple[PyTree, ...],
+        routing: Int[Array, "repeats blocks B T k"] | None,
+    ):
         """The layers one by one, each with its own cache buffers.
 
         A scan would slice and restack the cache at every step; separate buffers are updated in place inside a decode
@@ -245,7 +299,8 @@ class Transformer(nn.Module):
         for index in range(self.repeats):
             params = rounds[str(index)]
             own = layers[index * width : (index + 1) * width]
-            x, (own, aux) = body.apply({"params": params}, x, shared, own)
+            chosen = None if routing is None else routing[index]
+            x, (own, aux) = body.apply({"params": params}, x, shared, own, chosen)
             written.extend(own)
             found.append(aux)
         return x, tuple(written), jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
@@ -288,7 +343,12 @@ def _enter(cache: Cache, context: Context) -> Cache:
     )
 
 
-def _gather(aux: tuple[dict[str, Float[Array, " repeats"]], ...]) -> dict[str, Float[Array, " layers"]]:
+def _routes(block: Block) -> bool:
+    """Whether the feed-forward is a mixture of experts."""
+    return hasattr(block.ffn, "top_k")
+
+
+def _gather(aux: tuple[dict[str, Shaped[Array, "repeats ..."]], ...]) -> Aux:
     """All values reported under one name, of all layers that report it."""
     names = dict.fromkeys(name for found in aux for name in found)
     return {name: jnp.concatenate([found[name] for found in aux if name in found]) for name in names}
