@@ -97,5 +97,11 @@ def unproven(case: Any) -> bool:
 
 
 def this_device() -> tuple[str, str]:
-    """The platform ("cpu", "gpu" or "tpu") that JAX runs on by default, and the device's name."""
+    """The platform ("cpu", "gpu" or "tpu") and the device's name that a program is traced for.
+
+    Those of the mesh, whose devices need not be there; without one, of what JAX runs on by default.
+    """
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None:
+        return named.platform, named.device_kind
     return jax.default_backend(), jax.devices()[0].device_kind

@@ -179,7 +179,11 @@ def product(a, b, contracted: tuple[int, int]):
 
 
 def compute_capability() -> float | None:
-    """Of the NVIDIA GPU that JAX runs on by default; None on any other device."""
+    """Of the NVIDIA GPU that a program is traced for, or JAX runs on by default; None on any other device."""
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None and jax.default_backend() != "gpu":
+        # Descriptions of devices that are not there have a name and no capability.
+        return 9.0 if named.platform == "gpu" and named.device_kind.startswith(("NVIDIA H100", "NVIDIA H200")) else None
     try:
         return float(getattr(jax.devices()[0], "compute_capability", "none"))
     except ValueError:
