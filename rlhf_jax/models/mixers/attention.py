@@ -21,6 +21,7 @@ from rlhf_jax.ops.attention import (
     Terms,
     alibi_slopes,
     attention,
+    check_across,
     check_implementation,
     choose,
     decode_attention,
@@ -50,6 +51,8 @@ class Attention(nn.Module):
         softcap: bound the logits by ``softcap * tanh(logits / softcap)``.
         dropout: of the attention weights.
         implementation: schedule of ``ops.attention``.
+        across: how keys reach queries on other devices, where a layout splits the tokens of a row: "gather", "ring", or
+            "auto" to decide by the memory.
     """
 
     heads: int
@@ -64,6 +67,7 @@ class Attention(nn.Module):
     softcap: float | None = None
     dropout: float = 0.0
     implementation: str = "auto"
+    across: str = "auto"
 
     def __post_init__(self):
         if self.heads < 1 or self.groups < 1:
@@ -83,6 +87,7 @@ class Attention(nn.Module):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         check_implementation(self.implementation)
+        check_across(self.across)
         super().__post_init__()
 
     @property
@@ -223,6 +228,7 @@ class Attention(nn.Module):
             dropout=self.dropout,
             dropout_key=drop,
             implementation=self.implementation,
+            across=self.across,
         )  # fmt: skip
 
     def _project(self, x, shared: Shared):

@@ -10,6 +10,7 @@ from rlhf_jax.ops.attention.dispatch import (
     partial_attention,
 )
 from rlhf_jax.ops.attention.masks import Mask, Rule, alibi_slopes
+from rlhf_jax.ops.attention.partitioned import check_across
 from rlhf_jax.ops.attention.terms import Case, Terms
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Terms",
     "alibi_slopes",
     "attention",
+    "check_across",
     "check_implementation",
     "choose",
     "decode_attention",

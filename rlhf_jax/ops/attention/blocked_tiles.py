@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.ops.attention.masks import ALL, NOTHING, SOME, Mask, Rule
 from rlhf_jax.ops.attention.terms import HIDDEN, Terms, this_device
+from rlhf_jax.ops.meshes import active_mesh
 
 LARGEST, SMALLEST = 256, 128
 """Products of this many rows keep two CPU cores busy; tiles below the smallest spend their time on being started."""
@@ -41,7 +42,7 @@ class Tiling:
         largest = LARGEST if mask.window is None else min(max(mask.window, SMALLEST), LARGEST)
         per_group = q.shape[2] // k.shape[2]
         # One CPU runs the products of one row as well as those of many, and skips more when it takes rows alone.
-        alone = this_device()[0] == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+        alone = this_device()[0] == "cpu" and active_mesh() is None
         return cls(
             _even(q.shape[1], max(largest // per_group, SMALLEST)),
             _even(k.shape[1], largest),

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.ops.attention import reference
+from rlhf_jax.ops.attention import partitioned, reference
 from rlhf_jax.ops.attention.dispatch import check_implementation
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import CannotServe, Case, Terms, this_device, unproven
 from rlhf_jax.ops.kernels import decode_tpu, decode_triton, hopper_decode
+from rlhf_jax.ops.meshes import active_mesh
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def decode_attention(
 ) -> Float[Array, "B H Dv"]:
     """``attention`` of one query a row, over a cache in the order in which decoding reads it fastest.
 
+    On a mesh each device decodes its own rows and heads.
+
     Args:
         q: queries; ``H`` is a multiple of ``K``.
         keys: of the cache.
@@ -43,9 +46,16 @@ def decode_attention(
         terms: what the logits are besides products.
         implementation: as for ``attention``; see ``choose_decoder``.
     """
-    return DECODERS[choose_decoder(implementation, decode_case(q, keys, values, mask, terms))].attend(
-        q, keys, values, mask, terms
-    )
+
+    def here(q, keys, values, mask: Mask, terms: Terms):
+        """On one device."""
+        name = choose_decoder(implementation, decode_case(q, keys, values, mask, terms))
+        return DECODERS[name].attend(q, keys, values, mask, terms)
+
+    mesh = active_mesh()
+    if mesh is None:
+        return here(q, keys, values, mask, terms)
+    return partitioned.decode(here, mesh, q, keys, values, mask, terms)
 
 
 def decode_case(q, keys, values, mask: Mask, terms: Terms) -> Case:

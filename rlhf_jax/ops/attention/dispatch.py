@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.ops.attention import blocked, reference
+from rlhf_jax.ops.attention import blocked, partitioned, reference
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import HIDDEN, CannotServe, Case, Terms, unproven
 from rlhf_jax.ops.kernels import cudnn, hopper_attention, tpu_attention, triton_attention
+from rlhf_jax.ops.meshes import active_mesh
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ def attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     implementation: str = "auto",
+    across: str = "auto",
 ) -> Float[Array, "B T H Dv"]:
     """``softmax(logits) v`` over the keys that the mask shows; query head ``h`` reads key head ``h // (H/K)``.
 
     The softmax is computed in fp32 (float64 inputs: in float64). A query that sees nothing gets 0 and passes finite
-    gradients.
+    gradients. On a mesh each device attends for its own rows, tokens and heads (``ops.attention.partitioned``).
 
     Args:
         q: queries.
@@ -64,13 +66,16 @@ def attention(
         dropout: probability of dropping a weight; needs ``dropout_key``.
         dropout_key: randomness of the dropout; none is applied without it.
         implementation: one of ``IMPLEMENTATIONS``, or "auto" for the best that serves here.
+        across: how keys reach queries on other devices, where the tokens of a row are on several: "gather", "ring", or
+            "auto" to decide by the memory.
     """
     terms = Terms(scale=scale, softcap=softcap, slopes=slopes, sink_logits=sink_logits)
     if dropout > 0.0 and dropout_key is not None:
         _check_shapes(q, k, v)
         choose(implementation, Case.of(q, k, v, mask, terms, dropout=True))
+        # In plain operations, which the partitioner splits; so each weight's fate depends on no mesh.
         return reference.attend(q, k, v, mask, terms, dropout=dropout, dropout_key=dropout_key)[0]
-    return _attend(q, k, v, mask, terms, implementation, lse=False)[0]
+    return _attend(q, k, v, mask, terms, implementation, across, lse=False)[0]
 
 
 def partial_attention(
@@ -80,9 +85,10 @@ def partial_attention(
     mask: Mask,
     terms: Terms,
     implementation: str = "auto",
+    across: str = "auto",
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Attention over some of the keys: the output, and the log-sum-exp of the logits, for ``merge``."""
-    return _attend(q, k, v, mask, terms, implementation, lse=True)
+    return _attend(q, k, v, mask, terms, implementation, across, lse=True)
 
 
 def merge(parts: list[tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]]) -> Float[Array, "B T H Dv"]:
@@ -96,10 +102,18 @@ def merge(parts: list[tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]]) -
     return jnp.asarray(mixed).astype(parts[0][0].dtype)
 
 
-def _attend(q, k, v, mask: Mask, terms: Terms, implementation: str, lse: bool):
+def _attend(q, k, v, mask: Mask, terms: Terms, implementation: str, across: str, lse: bool):
     _check_shapes(q, k, v)
-    name = choose(implementation, Case.of(q, k, v, mask, terms, lse=lse))
-    return IMPLEMENTATIONS[name].attend(q, k, v, mask, terms)
+
+    def here(q, k, v, mask: Mask, terms: Terms, lse: bool):
+        """On one device."""
+        name = choose(implementation, Case.of(q, k, v, mask, terms, lse=lse))
+        return IMPLEMENTATIONS[name].attend(q, k, v, mask, terms)
+
+    mesh = active_mesh()
+    if mesh is None:
+        return here(q, k, v, mask, terms, lse)
+    return partitioned.attend(here, mesh, q, k, v, mask, terms, across=across, lse=lse)
 
 
 def choose(implementation: str, case: Case) -> str:
