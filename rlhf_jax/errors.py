@@ -15,6 +15,7 @@ IO = 74
 PREEMPTED = 75
 DIVERGED = 76
 REFUSED = 77
+DOES_NOT_FIT = 78
 
 
 class UserError(ValueError):

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("evaluation", "checks"),
     ("runs",),
-    ("stages", "experiment", "answering", "overview"),
+    ("stages", "experiment", "answering", "overview", "planning"),
     ("cli", "__main__"),
 )
 """From the bottom to the top: a module imports from its own layer or one below."""

@@ -67,6 +67,32 @@ class Show:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Say what a run will hold, compute and send on machines that need not be there; exit code 78 if it does not fit."""
+
+    file: File
+    on: Annotated[str, arg(metavar="MACHINE", help="Such as h200:8, h100:64, v5e:4x4, v5p:4x4x8, cpu:8.")]
+    overrides: Set = ()
+    stage: Annotated[str | None, arg(help="This stage alone.")] = None
+    responses: Annotated[int, arg(metavar="K", help="Responses to a prompt in rankings.")] = 2
+    estimate: Annotated[FlagCreatePairsOff[bool], arg(help="By formulas alone, without compiling.")] = False
+    json: Annotated[FlagCreatePairsOff[bool], arg(help="Print JSON instead of tables.")] = False
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from rlhf_jax import config
+        from rlhf_jax.cli.plan import report
+        from rlhf_jax.planning.asking import ask
+
+        overrides = config.parse_assignments(word for group in self.overrides for word in group)
+        with Console(stderr=True).status("") as status:
+            plan = ask(self.file, self.on, overrides=overrides, stage=self.stage, responses=self.responses,
+                       estimate=self.estimate, progress=status.update)  # fmt: skip
+        report(plan, self.json)
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Run every value of the file's sweep(), each in its own directory; finished ones are skipped."""
 
@@ -231,6 +257,7 @@ class Import:
 VERBS = (
     Annotated[Run, subcommand("run")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Sample, subcommand("sample")]

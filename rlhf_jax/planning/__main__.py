@@ -1,5 +1,7 @@
-"""The process that plans: ``python -m rlhf_jax.planning REQUEST RESULT``, with the environment that a machine's compiler
-wants. The request is JSON; so is the result."""
+"""The process that plans, in the environment that a machine's compiler wants: from a file of JSON to another.
+
+python -m rlhf_jax.planning REQUEST RESULT
+"""
 
 from __future__ import annotations
 

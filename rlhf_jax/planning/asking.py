@@ -50,7 +50,8 @@ def ask(
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "rlhf_jax.planning", str(asked), str(answer)]
-        with subprocess.Popen(command, env=os.environ | environment(machine), stderr=subprocess.PIPE, text=True) as child:
+        settings = os.environ | environment(machine)
+        with subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True) as child:
             assert child.stderr is not None
             said = []
             for line in child.stderr:

@@ -87,8 +87,12 @@ def executable(program: Program, devices: Sequence[Any]) -> Any:
     if program.placement.mesh is None and devices[0].platform != "cpu":
         arguments = _on_one(arguments, devices[0])
     with _tracing_for(program, devices[0]):
-        return jax.jit(program.function).lower(*arguments).compile() if not hasattr(program.function, "lower") else (
-            program.function.lower(*arguments).compile())  # fmt: skip
+        return lowered(program.function, arguments).compile()
+
+
+def lowered(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """A function traced for these arguments, jitted first where it is not."""
+    return (function if hasattr(function, "lower") else jax.jit(function)).lower(*arguments)
 
 
 def _compiled(program: Program, machine: Machine, devices: Sequence[Any]) -> Numbers:

@@ -129,7 +129,8 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
     inputs, kernels, outputs = labels.groups()
     left, right = (arrays[0].shape for arrays in computation.operand_arrays(instruction)[:2])
     out = instruction.arrays[0].shape
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.findall(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
+    sizes = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = {} if sizes is None else dict(re.findall(r"(\w+)=([\dx_\-]+)", sizes.group(1)))
     total = 2.0 * out[outputs.index("b")] * out[outputs.index("f")] * right[kernels.index("i")]
     for axis in (label for label in outputs if label.isdigit()):
         number = int(axis)
@@ -187,9 +188,10 @@ def _fused(module: Module, computation: Computation, fusion: Instruction) -> flo
         if number not in numbered:
             continue
         used = _uses(body, numbered[number].name)
-        if used and all(user.opcode in READS_PART and user.operands[0] == name for name, user in used):
+        first = bool(used) and all(user.operands[0] == name for name, user in used)
+        if first and all(user.opcode in READS_PART for _, user in used):
             total += sum(_far(user.arrays) for _, user in used) if _far(arrays) else 0
-        elif not (used and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for name, user in used)):
+        elif not (first and all(user.opcode == "dynamic-update-slice" for _, user in used)):
             total += _far(arrays)
     root = body.root
     if root is None:
@@ -250,14 +252,14 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh is not None:
         named = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh.group(2))}
-        shape: list[int] = []
+        sizes: list[int] = []
         kept: list[bool] = []
         for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1)):
             before, part = named.get(name, ("", ""))
             # A part of an axis stands between what is cut before it and what is left.
             cuts = [int(before), int(part), int(size) // int(before) // int(part)] if before else [int(size)]
-            shape += cuts
+            sizes += cuts
             kept += [False, True, False] if before else [name in named]
-        ids = np.arange(int(np.prod(shape))).reshape(shape)
+        ids = np.arange(int(np.prod(sizes))).reshape(sizes)
         return tuple(np.ravel(ids[tuple(slice(None) if keep else 0 for keep in kept)]).tolist())
     return tuple(range(devices))

@@ -1,9 +1,9 @@
 """Memory and work of a program by formulas on shapes, where there is no compiler for the machine.
 
 Gradients are those of the trained parameters in fp32, twice where microbatches are added up. Activations are what the
-backward pass keeps of a row, found by differentiating one row and two rows abstractly, times the rows of a microbatch on
-a device. To that comes one block without rematerialisation, ``tokens * (8 E + 3 F)`` numbers, and two chunks of logits.
-Communication is that of parameters split by ``fsdp``: gathered for each pass, their gradients scattered.
+backward pass keeps of a row, found by differentiating one row and two rows abstractly, times the rows of a microbatch
+on a device. To that comes one block without rematerialisation, ``tokens * (8 E + 3 F)`` numbers, and two chunks of
+logits. Communication is that of parameters split by ``fsdp``: gathered for each pass, their gradients scattered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rlhf_jax.models import Transformer
 from rlhf_jax.ops.meshes import CONTEXT
 from rlhf_jax.planning.machines import Machine
-from rlhf_jax.planning.numbers import Numbers, Traffic, device_bytes
+from rlhf_jax.planning.numbers import Numbers, Traffic, device_bytes, item_bytes
 from rlhf_jax.planning.programs import Program
 from rlhf_jax.scoring import LOGITS_AT_A_TIME
 from rlhf_jax.types import PyTree, TrainState
@@ -77,13 +77,9 @@ def kept_of_a_row(program: Program) -> int:
             return jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(backward, bare, rows(count), key))
-        return sum(math.prod(leaf.shape) * _item(leaf) for leaf in leaves)
+        return sum(math.prod(leaf.shape) * item_bytes(leaf) for leaf in leaves)
 
     return kept(2) - kept(1)
-
-
-def _item(leaf: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else jnp.dtype(leaf.dtype).itemsize
 
 
 def _ways(program: Program, axis: str) -> int:

@@ -78,8 +78,15 @@ class Computation:
 
 @dataclass
 class Module:
-    """A program. ``runs`` says how often each computation is executed, ``stream`` whether it is one that streams
-    through memory (not the inside of a fusion), ``unknown`` names loops whose number of rounds the text does not say."""
+    """A program.
+
+    Args:
+        computations: by name, callees before callers.
+        entry: the one that is executed.
+        runs: how often each computation is executed.
+        stream: computations whose instructions read and write memory (not the insides of fusions).
+        unknown: loops whose number of rounds the text does not say.
+    """
 
     computations: dict[str, Computation]
     entry: str

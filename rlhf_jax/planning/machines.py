@@ -112,8 +112,10 @@ def parse(text: str) -> Machine:
     """
     kind, _, sizes = text.partition(":")
     if kind not in DEVICES:
-        raise UserError(f"no figures of {kind!r}", at="--on", expected=f"one of {', '.join(_examples())}",
-                        fix="take a kind that is listed, or add its figures to rlhf_jax/planning/machines.py")  # fmt: skip
+        raise UserError(
+            f"no figures of {kind!r}", at="--on", expected=f"one of {', '.join(map(_example, DEVICES))}",
+            fix="take a kind that is listed, or add its figures to rlhf_jax/planning/machines.py",
+        )  # fmt: skip
     wanted = AXES.get(kind, 1)
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") + 1 != wanted:
         raise UserError(f"{text!r}", at="--on", fix="correct it",
@@ -129,7 +131,3 @@ def parse(text: str) -> Machine:
 
 def _example(kind: str) -> str:
     return f"{kind}:{'x'.join(['4'] * AXES[kind]) if kind in AXES else 8}"
-
-
-def _examples() -> list[str]:
-    return [_example(kind) for kind in DEVICES]

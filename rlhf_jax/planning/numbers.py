@@ -15,8 +15,8 @@ from rlhf_jax.planning.machines import Machine
 from rlhf_jax.types import PyTree
 
 Source = Literal["compiled", "continued", "estimated"]
-"""Where a number is from: the machine's own compiler; the same at two smaller numbers of layers, continued in a straight
-line; or a formula on shapes."""
+"""Where a number is from: the machine's own compiler; the same at two smaller numbers of layers, continued in a
+straight line; or a formula on shapes."""
 
 
 @dataclass(frozen=True)
@@ -127,5 +127,9 @@ def device_bytes(tree: PyTree) -> int:
 def _leaf_bytes(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    extended = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-    return math.prod(shape) * (8 if extended else jnp.dtype(leaf.dtype).itemsize)
+    return math.prod(shape) * item_bytes(leaf)
+
+
+def item_bytes(leaf: Any) -> int:
+    """Bytes of one entry; keys of random numbers are two words."""
+    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else jnp.dtype(leaf.dtype).itemsize

@@ -1,9 +1,9 @@
 """What a program has to compute, by formula: the numbers that MFU is measured against, whatever a compiler makes of it.
 
 A token that is read takes two FLOPs for every number of every matrix that it meets (Kaplan et al. 2020, arXiv
-2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), and attention ``4 H D`` for every key that
-it sees. Gradients take twice as much again: 6 for each parameter and token. Nothing is counted for embeddings that are
-looked up, for norms, and for what a backward pass computes a second time.
+2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), and attention ``4 H D`` for every key
+that it sees. Gradients take twice as much again: 6 for each parameter and token. Nothing is counted for embeddings that
+are looked up, for norms, and for what a backward pass computes a second time.
 """
 
 from __future__ import annotations
