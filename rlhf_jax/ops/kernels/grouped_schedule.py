@@ -76,13 +76,12 @@ def bounds(sizes: Int[Array, " G"], rows: int) -> tuple[Int[Array, " G+1"], Int[
 
 
 def tiles(sizes: Int[Array, " G"], rows: int, tile: int) -> Tiles:
-    """The tiles of ``tile`` rows, in order of their rows; empty groups have none."""
+    """The tiles of ``tile`` rows, a multiple of ``ALIGNED``, in order of their rows; empty groups have none."""
     begins, ends = bounds(sizes, rows)
     starts = begins // ALIGNED * ALIGNED
     needed = jnp.where(ends > begins, -(-(ends - starts) // tile), 0)
-    # Each group adds less than a tile at its end and ALIGNED rows at its start.
-    longest = (rows + begins.shape[0] * (tile + ALIGNED - 2)) // tile
-    group, nth, count = _entries(needed, longest)
+    # Counted in ALIGNED rows, of which a tile is a multiple, each group but one adds less than a tile.
+    group, nth, count = _entries(needed, -(-rows // tile) + sizes.shape[0])
     start = starts[group] + nth * tile
     begin, end = jnp.maximum(start, begins[group]), jnp.minimum(start + tile, ends[group])
     return Tiles(group, start, begin, end, count)
@@ -103,7 +102,7 @@ def visits_of_groups(sizes: Int[Array, " G"], rows: int, block: int) -> Visits:
 
 
 def _visits(begins, ends, met, blocks: int, block: int, *, by_block: bool) -> Visits:
-    length = blocks + ends.shape[0] - by_block
+    length = blocks + ends.shape[0] - 1
     group, nth, count = _entries(met, length)
     # An empty group may begin behind the last block.
     at = jnp.minimum(begins[group] // block + nth, blocks - 1)
