@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,36 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from attention_scenes import Problem, documents
 
-from rlhf_jax.ops.attention import Rule, partial_attention
+from rlhf_jax.ops.attention import Mask, Rule, partial_attention
+from rlhf_jax.ops.flash import flash_attention
+from rlhf_jax.ops.gau import Laplace, Relu2, gau_attention
 from rlhf_jax.sharding import Layout
 from rlhf_jax.types import Context
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-WIDTH = 32
-PACKED = documents((9, 13, 10), (20, 12), (32,), (5, 4), (), (1, 30), (16, 16), (31,), width=WIDTH)
-RAGGED = Context(
-    jnp.arange(WIDTH) * (jnp.arange(WIDTH) < jnp.array([[32], [17], [5], [0], [32], [31], [24], [8]])),
-    (jnp.arange(WIDTH) < jnp.array([[32], [17], [5], [0], [32], [31], [24], [8]])).astype(jnp.int32),
-    packed=False,
-)
+COLLECTIVES = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+PACKED = documents((9, 13, 10), (20, 12), (32,), (5, 4), (), (1, 30), (16, 16), (31,), width=32)
+RAGGED = Context.of_lengths(jnp.array([32, 17, 5, 0, 32, 31, 24, 8]), 32)
+FOUR = {"heads": 4, "kv_heads": 2, "width": 8, "value_width": 8}
 SCENES = {
     "causal": Problem(RAGGED, RAGGED, heads=8, kv_heads=4, width=8, value_width=8),
-    "packed": Problem(PACKED, PACKED, heads=8, kv_heads=8, width=8, value_width=4),
-    "one key head": Problem(PACKED, PACKED, heads=8, kv_heads=1, width=8, value_width=8),
-    "window": Problem(RAGGED, RAGGED, heads=4, kv_heads=2, width=8, value_width=8, window=6),
-    "long window": Problem(RAGGED, RAGGED, heads=4, kv_heads=2, width=8, value_width=8, window=10),
-    "sinks": Problem(
-        PACKED, PACKED, heads=4, kv_heads=4, width=8, value_width=8, window=5, rule=Rule(sinks=2), sinks=True
-    ),
-    "cap and slopes": Problem(
-        PACKED, PACKED, heads=4, kv_heads=2, width=8, value_width=8, softcap=2.0, slopes=True, sinks=True
-    ),
-    "prefix and stride": Problem(
-        RAGGED, RAGGED, heads=4, kv_heads=4, width=8, value_width=8, prefix=11, rule=Rule(stride=3)
-    ),
+    "one key head": Problem(PACKED, PACKED, heads=8, kv_heads=1, width=8, value_width=4),
+    "window": Problem(RAGGED, RAGGED, **FOUR, window=6),
+    "sinks": Problem(PACKED, PACKED, **FOUR, window=5, rule=Rule(sinks=2), sinks=True),
+    "cap and slopes": Problem(PACKED, PACKED, **FOUR, softcap=2.0, slopes=True, sinks=True),
+    "prefix and stride": Problem(RAGGED, RAGGED, **FOUR, prefix=11, rule=Rule(stride=3)),
     "one head": Problem(PACKED, PACKED, heads=1, kv_heads=1, width=8, value_width=16, sinks=True),
 }
-"""Masks and terms; 8 rows of 32 tokens, which every mesh here cuts. One row is empty, one nearly."""
+"""Masks and terms; 8 rows of 32 tokens, which every mesh here cuts. One row is empty, and some are nearly."""
 LAYOUTS = {
     "data": Layout(),
     "fsdp x tensor": Layout(fsdp=2, tensor=4),
@@ -75,13 +66,60 @@ def errors(layouts: list[str], across: str, implementation: str) -> dict[str, di
     def run(arrays, implementation=implementation):
         return {name: both(scene, across, implementation)(arrays[name]) for name, scene in SCENES.items()}
 
-    expected = jax.jit(lambda arrays: run(arrays, "reference"))(arrays)
+    return compared(run, arrays, layouts)
+
+
+LONG = documents((64,), (5, 40, 19), (30, 34), (3, 2, 59), (), (7, 50), (16, 48), (63,), width=64)
+LONG_ALONE = Context.of_lengths(jnp.array([64, 30, 5, 0, 64, 63, 24, 8]), 64)
+CHUNK = 4
+
+
+def gated(name: str, implementation: str) -> Callable[..., Any]:
+    """Output and gradients of gated attention (of a window, by distance), or of FLASH (rows packed, or one each)."""
+    context = LONG_ALONE if name == "flash" else LONG
+
+    def mixed(trained):
+        q, k, q_far, k_far, v = trained["tokens"]
+        settings = {"scale": 0.3, "bias": trained["bias"], "implementation": implementation}
+        if name == "gau":
+            mask = Mask.ranges(context, context, window=21)
+            return gau_attention(q, k, v, mask, score=Relu2(), normaliser=context.positions + 1.0, **settings)
+        divisor = context.positions % CHUNK + 1.0
+        arguments = (q, k, q_far / 64, k_far, v, context)
+        return flash_attention(*arguments, chunk=CHUNK, score=Laplace(), normaliser=divisor, **settings)
+
+    def run(arrays):
+        def loss(trained):
+            out = mixed(trained)
+            return jnp.sum(out * arrays["out"]), out
+
+        gradients, out = jax.grad(loss, has_aux=True)(arrays["trained"])
+        return {"out": out, **gradients}
+
+    return run
+
+
+def gated_errors(layouts: list[str], implementation: str) -> dict[str, dict[str, float]]:
+    """As ``errors``, for the gated units."""
+    keys = jax.random.split(jax.random.key(0), 7)
+    tokens = [jax.random.normal(keys[n], (8, 64, 8 if n < 4 else 16)) for n in range(5)]
+    trained = {"tokens": tokens, "bias": jax.random.normal(keys[5], (3,))}
+    arrays = {"trained": trained, "out": jax.random.normal(keys[6], tokens[4].shape)}
+
+    def run(arrays, implementation=implementation):
+        return {name: gated(name, implementation)(arrays) for name in ("gau", "flash", "flash packed")}
+
+    return compared(run, arrays, layouts)
+
+
+def compared(run: Callable[..., Any], arrays: Any, layouts: list[str]) -> dict[str, dict[str, float]]:
+    """The differences of the program on each layout to its reference on one device."""
+    expected = jax.device_get(jax.jit(lambda arrays: run(arrays, "reference"))(arrays))
     found: dict[str, dict[str, float]] = {}
     for layout in layouts:
-        place = LAYOUTS[layout].place()
-        with place.active():
+        with LAYOUTS[layout].place().active():
             result = jax.device_get(jax.jit(run)(arrays))
-        found[layout] = {name: difference(result[name], expected[name]) for name in SCENES}
+        found[layout] = {name: difference(result[name], expected[name]) for name in expected}
     return found
 
 

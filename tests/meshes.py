@@ -14,6 +14,9 @@ TESTS = Path(__file__).resolve().parent
 CALL = "import importlib, json, sys; module, name, given = sys.argv[1:4]; \
 value = getattr(importlib.import_module(module), name)(*json.loads(given)); print('\\n' + json.dumps(value))"
 
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""Compiling takes most of the time of such tests; this halves it."""
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -33,7 +36,7 @@ def run_on(devices: int, module: str, name: str, *arguments: Any, timeout: float
         arguments: values of JSON.
         timeout: seconds.
     """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {QUICK}"
     path = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     command = [sys.executable, "-W", "ignore", "-c", CALL, module, name, json.dumps(arguments)]

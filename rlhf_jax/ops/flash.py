@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.ops import flash_blocked, flash_reference
+from rlhf_jax.ops import flash_blocked, flash_partitioned, flash_reference
 from rlhf_jax.ops.attention.terms import unproven
 from rlhf_jax.ops.gau import choose
 from rlhf_jax.ops.gau_terms import GauCase, Score
 from rlhf_jax.ops.kernels import hopper_flash, tpu_flash
+from rlhf_jax.ops.meshes import active_mesh
 from rlhf_jax.types import Context
 
 
@@ -64,7 +65,7 @@ def flash_attention(
 
     ``here`` are the tokens of the query's own chunk up to itself, ``before`` those of its document's earlier chunks
     (arXiv 2202.10447, section 3.3). The divisor of the second sum belongs into ``q_global``, which is linear. Sums are
-    in fp32 (float64 inputs: in float64); padding gets 0.
+    in fp32 (float64 inputs: in float64); padding gets 0. On a mesh see ``ops.flash_partitioned``.
 
     Args:
         q_local: queries of the quadratic part.
@@ -84,13 +85,31 @@ def flash_attention(
         ValueError: shapes do not fit, or the named implementation is unknown or cannot serve.
     """
     _check(q_local, k_local, q_global, k_global, v, chunk)
+    tokens, settings = (q_local, k_local, q_global, k_global, v), {"chunk": chunk, "score": score, "scale": scale}
+    divisor = _divisor(normaliser, q_local, jnp.promote_types(v.dtype, jnp.float32))
+
+    def rows(tokens, context: Context, divisor, bias):
+        """Whole rows on one device."""
+        return _rows(tokens, context, divisor, bias, implementation, **settings)
+
+    def chunks(tokens, context: Context, divisor, bias, state):
+        """Later chunks of the only document of a row on one device."""
+        lengths = jnp.sum(context.segments != 0, axis=1)
+        return _chunks(tokens, lengths, divisor, bias, state, implementation, **settings)[0]
+
+    mesh = active_mesh()
+    if mesh is None:
+        return rows(tokens, context, divisor, bias)
+    return flash_partitioned.attend(rows, chunks, mesh, tokens, context, divisor, bias, chunk=chunk)
+
+
+def _rows(tokens, context: Context, divisor, bias, implementation: str, *, chunk: int, score: Score, scale: float):
+    q_local, _, q_global, _, v = tokens
     rows, length, width = q_global.shape
-    case = GauCase.of(q_local, k_local, v, score, bias, aligned=not context.packed, chunk=chunk, packed=context.packed)
+    case = GauCase.of(q_local, q_local, v, score, bias, aligned=not context.packed, chunk=chunk, packed=context.packed)
     serving = FLASH_IMPLEMENTATIONS[choose(implementation, case, FLASH_IMPLEMENTATIONS)]
-    wide = jnp.promote_types(v.dtype, jnp.float32)
-    divisor = _divisor(normaliser, q_local, wide)
     missing = -length % chunk
-    padded = [jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (q_local, k_local, q_global, k_global, v)]
+    padded = [jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in tokens]
     divisor = jnp.pad(divisor, ((0, 0), (0, missing)), constant_values=1.0)
     if context.packed:
         assert serving.packed is not None
@@ -100,7 +119,7 @@ def flash_attention(
         )
     else:
         lengths = jnp.sum(context.segments != 0, axis=1)
-        state = jnp.zeros((rows, width, v.shape[-1]), wide)
+        state = jnp.zeros((rows, width, v.shape[-1]), divisor.dtype)
         out, _ = serving.chunks(*padded, lengths, divisor, bias, state, chunk=chunk, score=score, scale=scale)
     return out[:, :length]
 
@@ -132,12 +151,23 @@ def flash_attention_chunks(
     _check(q_local, k_local, q_global, k_global, v, chunk)
     if v.shape[1] % chunk:
         raise ValueError(f"{v.shape[1]} slots are not a multiple of the chunk {chunk}; pad the rows")
+    tokens, divisor = (q_local, k_local, q_global, k_global, v), _divisor(normaliser, q_local, state.dtype)
+
+    def here(tokens, lengths, divisor, bias, state):
+        """On one device."""
+        return _chunks(tokens, lengths, divisor, bias, state, implementation, chunk=chunk, score=score, scale=scale)
+
+    mesh = active_mesh()
+    if mesh is None:
+        return here(tokens, lengths, divisor, bias, state)
+    return flash_partitioned.continued(here, mesh, tokens, lengths, divisor, bias, state)
+
+
+def _chunks(tokens, lengths, divisor, bias, state, implementation: str, *, chunk: int, score: Score, scale: float):
+    q_local, k_local, _, _, v = tokens
     case = GauCase.of(q_local, k_local, v, score, bias, aligned=True, chunk=chunk, state=True)
     serving = FLASH_IMPLEMENTATIONS[choose(implementation, case, FLASH_IMPLEMENTATIONS)]
-    divisor = _divisor(normaliser, q_local, state.dtype)
-    return serving.chunks(
-        q_local, k_local, q_global, k_global, v, lengths, divisor, bias, state, chunk=chunk, score=score, scale=scale
-    )
+    return serving.chunks(*tokens, lengths, divisor, bias, state, chunk=chunk, score=score, scale=scale)
 
 
 def _divisor(normaliser, like, dtype) -> Float[Array, "B T"]:

@@ -12,13 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlhf_jax.ops import gau_blocked, gau_reference
 from rlhf_jax.ops.attention.masks import Mask
+from rlhf_jax.ops.attention.partitioned import Cuts, gathered, gathered_keys
 from rlhf_jax.ops.attention.terms import CannotServe, unproven
 from rlhf_jax.ops.gau_terms import GauCase, Laplace, Relu2, Score
 from rlhf_jax.ops.kernels import hopper_gau, tpu_gau
+from rlhf_jax.ops.meshes import active_mesh
 
 __all__ = ["GAU_IMPLEMENTATIONS", "GauCase", "GauImplementation", "Laplace", "Relu2", "Score", "gau_attention"]
 
@@ -55,7 +58,8 @@ def gau_attention(
 ) -> Float[Array, "B T E"]:
     """Gated attention's sum over the keys that the mask shows (arXiv 2202.10447).
 
-    Summed in fp32 (float64 inputs: in float64). A query that sees nothing gets 0 and passes no gradient.
+    Summed in fp32 (float64 inputs: in float64). A query that sees nothing gets 0 and passes no gradient. On a mesh each
+    device computes its own rows, queries and part of the values' width, from the keys of whole rows.
 
     Args:
         q: queries.
@@ -74,11 +78,38 @@ def gau_attention(
     """
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
         raise ValueError(f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together")
-    case = GauCase.of(q, k, v, score, bias, mask)
-    name = choose(implementation, case, GAU_IMPLEMENTATIONS)
+
+    def here(q, k, v, mask: Mask, divisor, bias):
+        """On one device."""
+        name = choose(implementation, GauCase.of(q, k, v, score, bias, mask), GAU_IMPLEMENTATIONS)
+        return GAU_IMPLEMENTATIONS[name].attend(q, k, v, mask, divisor, bias, score=score, scale=scale)
+
     divisor = jnp.broadcast_to(jnp.asarray(normaliser, jnp.promote_types(q.dtype, jnp.float32)), q.shape[:2])
     divisor = jax.lax.stop_gradient(divisor)
-    return GAU_IMPLEMENTATIONS[name].attend(q, k, v, mask, divisor, bias, score=score, scale=scale)
+    mesh = active_mesh()
+    attend = here if mesh is None else _partitioned(here, mesh, q, k, v, mask)
+    return attend(q, k, v, mask, divisor, bias)
+
+
+def _partitioned(here: Callable[..., jax.Array], mesh: Any, q, k, v, mask: Mask) -> Callable[..., jax.Array]:
+    """``here`` on every device, for its rows, its queries and its part of the values' width; keys are gathered."""
+    cuts = Cuts.of(mesh, q.shape[0], q.shape[1], k.shape[1], 1, 1, v.shape[2])
+
+    def one_device(q, k, v, mask: Mask, divisor, bias):
+        if cuts.keys is not None:
+            k, v, mask = gathered(k, cuts.keys), gathered(v, cuts.keys), gathered_keys(mask, cuts.keys)
+        if cuts.queries is not None:
+            mask = mask.replace(aligned=False)  # pyright: ignore[reportAttributeAccessIssue]
+        return here(q, k, v, mask, divisor, bias)
+
+    queries, keys = P(cuts.rows, cuts.queries), P(cuts.rows, cuts.keys)
+    return jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=(queries, keys, P(*keys, cuts.values), cuts.mask(mask), queries, P()),
+        out_specs=P(*queries, cuts.values),
+        check_vma=False,
+    )
 
 
 def choose(implementation: str, case: GauCase, known: Mapping[str, Any]) -> str:
