@@ -31,25 +31,59 @@ RunDir = Annotated[Positional[Path], arg(metavar="RUN_DIR", help="Directory of a
 Again = Annotated[Path | None, arg(metavar="FILE", help="The run's experiment file, if it defines classes of its own.")]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Run an experiment, or go on with one."""
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """What ``run`` and ``launch`` share."""
 
     file: File
     overrides: Set = ()
     run_dir: Annotated[Path | None, arg(help="Where it runs; default runs/NAME-FINGERPRINT.")] = None
     resume: Annotated[FlagCreatePairsOff[bool], arg(help="Go on with the run that the directory holds.")] = False
     only: Annotated[tuple[str, ...], arg(metavar="STAGE...", help="Run these stages alone.")] = ()
+    connect_timeout: Annotated[int, arg(help="Seconds until all processes must have met.")] = 300
+    heartbeat_timeout: Annotated[int, arg(help="Seconds of silence before a process counts as dead.")] = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(_Running):
+    """Run an experiment, or go on with one; as one of several processes where a cluster or --coordinator says so."""
+
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT", help="Where process 0 of several is met.")] = None
+    processes: Annotated[int | None, arg(help="How many processes there are.")] = None
+    process_id: Annotated[int | None, arg(help="Which of them this one is, from 0.")] = None
 
     def run(self) -> None:
-        from rlhf_jax import config
+        from rlhf_jax import config, processes
         from rlhf_jax.runs.rundir import default_directory
 
+        processes.start(
+            self.coordinator, self.processes, self.process_id,
+            connect_seconds=self.connect_timeout, heartbeat_seconds=self.heartbeat_timeout,
+        )  # fmt: skip
         file, experiment, overrides = _resolved(self.file, self.overrides)
         directory = self.run_dir
         if directory is None:
             directory = default_directory(getattr(experiment, "name", file.path.stem), config.describe(experiment))
         _run_experiment(experiment, directory, self.resume, self.only, file.path, overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(_Running):
+    """Run an experiment in several processes on this machine."""
+
+    processes: Annotated[int, arg(help="How many.")]
+    devices_per_process: Annotated[int | None, arg(help="Simulated processors, or graphics cards, of each.")] = None
+
+    def run(self) -> None:
+        from rlhf_jax.cli.launch import launch
+
+        words = [str(self.file), "--connect-timeout", str(self.connect_timeout)]
+        words += ["--heartbeat-timeout", str(self.heartbeat_timeout)]
+        words += ["--set", *(word for group in self.overrides for word in group)] if self.overrides else []
+        words += [] if self.run_dir is None else ["--run-dir", str(self.run_dir)]
+        words += ["--resume"] if self.resume else []
+        words += ["--only", *self.only] if self.only else []
+        launch(words, self.processes, self.devices_per_process)
 
 
 @dataclass(frozen=True)
@@ -68,7 +102,7 @@ class Show:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what a run will hold, compute and send on machines that need not be there; exit code 78 if it does not fit."""
+    """Say what a run takes on machines that need not be there; exit code 78 if it does not fit."""
 
     file: File
     on: Annotated[str, arg(metavar="MACHINE", help="Such as h200:8, h100:64, v5e:4x4, v5p:4x4x8, cpu:8.")]
@@ -256,6 +290,7 @@ class Import:
 
 VERBS = (
     Annotated[Run, subcommand("run")]
+    | Annotated[Launch, subcommand("launch")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Sweep, subcommand("sweep")]
@@ -290,20 +325,18 @@ def _known(path: Path | None) -> dict[str, Any]:
 def _run_experiment(
     experiment: Any, directory: Path, resume: bool, only: tuple[str, ...], source: Path, overrides: Mapping[str, Any]
 ) -> None:
+    import contextlib
+
+    from rlhf_jax import processes
     from rlhf_jax.cli.progress import ProgressLine
     from rlhf_jax.experiment import run
     from rlhf_jax.runs.report import write_report
 
-    with ProgressLine() as line:
-        line.announce(f"run directory: {directory}")
-        run(
-            experiment,
-            directory,
-            resume=resume,
-            only=only,
-            source=source,
-            overrides=dict(overrides),
-            monitor=line,
-            announce=line.announce,
-        )
-        line.announce(f"report: {write_report(directory)}")
+    # One process speaks for all; what goes wrong in another one is still said by it.
+    with ProgressLine() if processes.is_first() else contextlib.nullcontext() as line:
+        watching: dict[str, Any] = {} if line is None else {"monitor": line, "announce": line.announce}
+        if line is not None:
+            line.announce(f"run directory: {directory}")
+        run(experiment, directory, resume=resume, only=only, source=source, overrides=dict(overrides), **watching)
+        if line is not None:
+            line.announce(f"report: {write_report(directory)}")

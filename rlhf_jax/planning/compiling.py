@@ -109,8 +109,14 @@ def _compiled(program: Program, machine: Machine, devices: Sequence[Any]) -> Num
         moved=found.bytes,
         traffic=total_traffic(found.collectives, machine),
     )
-    if len(found.unknown_loops) > 1:
-        numbers = replace(numbers, notes=(f"{len(found.unknown_loops)} loops taken to make {program.trips} rounds",))
+    notes = []
+    if len(found.unknown_loops) > (program.trips > 1):
+        notes.append(f"{len(found.unknown_loops)} loops that end by their data taken to make {program.trips} rounds")
+    if found.halved_loops:
+        notes.append(
+            f"{len(found.halved_loops)} loops that end by their data taken to make half of the rounds around them"
+        )
+    numbers = replace(numbers, notes=tuple(notes))
     if found.opaque:
         kernels = ", ".join(sorted(found.opaque))
         counted = program.work.flops / machine.devices

@@ -54,7 +54,8 @@ class Counts:
         bytes: read and written in device memory, if every kernel reads its inputs and writes its outputs once.
         collectives: all communication.
         opaque: kernels whose FLOPs are not known from the text, by name, with their number of runs.
-        unknown_loops: loops whose rounds the text does not say.
+        unknown_loops: loops whose rounds the caller gave.
+        halved_loops: loops that were taken to make half the rounds of the one around them.
     """
 
     flops: float = 0.0
@@ -62,11 +63,12 @@ class Counts:
     collectives: list[Collective] = field(default_factory=list)
     opaque: dict[str, float] = field(default_factory=dict)
     unknown_loops: list[str] = field(default_factory=list)
+    halved_loops: list[str] = field(default_factory=list)
 
 
 def count(module: Module, devices: int) -> Counts:
     """Everything, over all computations and their loops."""
-    found = Counts(unknown_loops=module.unknown)
+    found = Counts(unknown_loops=module.unknown, halved_loops=module.halved)
     by_channel: dict[str, Collective] = {}
     for computation, instruction, times in module.executed():
         work = flops(computation, instruction)

@@ -1,8 +1,9 @@
 """A compiled program's text (HLO) as computations of instructions, and how often each of them is executed.
 
 XLA's own cost analysis counts the body of a loop once, and has none for GPUs that are not there. Loops say how often
-they run in ``known_trip_count``, or by the constant that their condition compares with; others (a decode loop that ends
-with the last response) get a number from the caller.
+they run in ``known_trip_count``, or by the constant that their condition compares with. Of others, one that lies inside
+a loop of ``n`` rounds counts as ``(n + 1) / 2``, which is right for attention that visits the tiles below the diagonal;
+one outside of every loop (a decode loop that ends with the last response) gets its number from the caller.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Module:
         entry: the one that is executed.
         runs: how often each computation is executed.
         stream: computations whose instructions read and write memory (not the insides of fusions).
-        unknown: loops whose number of rounds the text does not say.
+        unknown: loops whose number of rounds was given by the caller.
+        halved: loops that were taken to make half the rounds of the one around them.
     """
 
     computations: dict[str, Computation]
@@ -93,6 +95,7 @@ class Module:
     runs: dict[str, float]
     stream: set[str]
     unknown: list[str]
+    halved: list[str]
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction that is run, with its computation and how often."""
@@ -108,7 +111,7 @@ def parse(text: str, unknown_trips: float = 1.0) -> Module:
 
     Args:
         text: ``compiled.as_text()``.
-        unknown_trips: rounds of a loop that does not say how many it makes.
+        unknown_trips: rounds of a loop outside of others that does not say how many it makes.
     """
     computations, entry, current = {}, "", None
     for line in text.splitlines():
@@ -129,7 +132,9 @@ def parse(text: str, unknown_trips: float = 1.0) -> Module:
 
 def _counted(computations: dict[str, Computation], entry: str, unknown_trips: float) -> Module:
     """Callees stand before their callers in the text, so one pass from the end finds every number of runs."""
-    runs, stream, unknown = {entry: 1.0}, {entry}, []
+    runs, stream, around = {entry: 1.0}, {entry}, {entry: 1.0}
+    unknown: list[str] = []
+    halved: list[str] = []
     for name in reversed(computations):
         times = runs.get(name, 0.0)
         if not times:
@@ -138,18 +143,24 @@ def _counted(computations: dict[str, Computation], entry: str, unknown_trips: fl
             called = instruction.called()
             rounds = 1.0
             if instruction.opcode == "while":
-                found = _trips(instruction, computations)
-                if found is None:
+                found, outer = _trips(instruction, computations), around.get(name, 1.0)
+                if found is not None:
+                    rounds = float(found)
+                elif outer > 1:
+                    rounds = (outer + 1) / 2
+                    halved.append(instruction.name)
+                else:
+                    rounds = unknown_trips
                     unknown.append(instruction.name)
-                rounds = unknown_trips if found is None else found
             for kind, names in called.items():
                 for each in names:
                     if kind == "to_apply" and instruction.opcode not in ("call", "async-start"):
                         continue  # the arithmetic of a reduction
                     runs[each] = runs.get(each, 0.0) + times * rounds
+                    around[each] = rounds if instruction.opcode == "while" else around.get(name, 1.0)
                     if instruction.opcode != "fusion" and name in stream:
                         stream.add(each)
-    return Module(computations, entry, runs, stream, unknown)
+    return Module(computations, entry, runs, stream, unknown, halved)
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:

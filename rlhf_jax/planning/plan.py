@@ -75,8 +75,7 @@ def plan(
     placement = experiment.layout.place(devices)
     stages = []
     for stage in chosen:
-        with placement.active():
-            made = stage_programs(stage, experiment.model, placement, devices, responses)
+        made = stage_programs(stage, experiment.model, placement, devices, responses)
         stages.append(_stage(stage, made, experiment, machine, devices, compiler, responses, progress))
     return {
         "experiment": experiment.name,

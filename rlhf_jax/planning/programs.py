@@ -91,7 +91,7 @@ class Stage:
 def stage_programs(
     stage: AnyStage, model: Transformer, placement: Placement, devices: Sequence[Any] | None, responses: int = 2
 ) -> Stage:
-    """The programs of one stage on these devices.
+    """The programs of one stage on these devices; call it with no mesh active, as the devices need not be there.
 
     Args:
         stage: of the experiment.
@@ -114,7 +114,7 @@ def stage_programs(
         rows, tokens = functools.partial(_texts, train.length), train.batch * train.length
         forward = work.reading(model, train.batch, train.length, unembedded=tokens)
     params = with_shardings(abstract_params(trained), placement.params(trained))
-    optimizer, ema = train.optimizer.build(STEPS), train.ema_decay is not None
+    optimizer, ema = train.optimizer.build(STEPS if train.steps is None else train.steps), train.ema_decay is not None
     shardings = placement.state(optimizer, params, placement.params(trained), ema)
     state = _state(params, optimizer, ema, shardings)
     step = make_train_step(
