@@ -10,18 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rlhf_jax import __main__ as program
-from rlhf_jax.checks import attention as laws
-from rlhf_jax.checks import matrix
+from rlhf_jax.checks import attention, chunked, decoding, gated, matrix
+from rlhf_jax.checks.gated_oracle import GatedProblem, solve_gated
 from rlhf_jax.checks.layouts import Layout, layouts
 from rlhf_jax.checks.measure import Measurement, distance, exact_bound, worst
-from rlhf_jax.checks.mixers import Sample, measure_mixer
+from rlhf_jax.checks.mixers import MIXER_LAWS, Sample
 from rlhf_jax.checks.oracle import Problem, rounded, solve
-from rlhf_jax.checks.problems import Shape, bound, draw, expect
+from rlhf_jax.checks.problems import Shape, Softmax
+from rlhf_jax.checks.trial import bound, measure
+from rlhf_jax.cli.check import refusals, tables
 from rlhf_jax.models import Attention, RoPE
+from rlhf_jax.ops import flash_reference, gau_reference
 from rlhf_jax.ops.attention import IMPLEMENTATIONS, Terms, reference
+from rlhf_jax.ops.attention.decode import DECODERS, Decoder
 from rlhf_jax.ops.attention.dispatch import Implementation
+from rlhf_jax.ops.flash import FLASH_IMPLEMENTATIONS, FlashImplementation
+from rlhf_jax.ops.gau import GAU_IMPLEMENTATIONS, GauImplementation
 from rlhf_jax.types import Context
 
 
@@ -124,27 +131,73 @@ def test_a_plain_program_in_a_narrow_type_errs_as_that_type_does():
         assert 1e-4 < distance(plain[name], exact[name]) < 0.05
 
 
+def gated_by_loop(p: GatedProblem) -> np.ndarray:
+    """Gated attention and the linear part, pair by pair."""
+    out = np.zeros((*p.q.shape[:2], p.v.shape[-1]))
+    for b, t, s in np.ndindex(p.seen.shape):
+        weight = 0.0
+        if p.seen[b, t, s]:
+            logit = p.scale * sum(float(x * y) for x, y in zip(p.q[b, t], p.k[b, s], strict=True))
+            if p.bias is not None:
+                logit += p.bias[max(0, min(int(p.back[b, t, s]), len(p.bias) - 1))]
+            away = (logit - math.sqrt(0.5)) / math.sqrt(0.25 / math.pi)
+            score = 0.5 * (1.0 + math.erf(away / math.sqrt(2.0))) if p.laplace else max(logit, 0.0) ** 2
+            weight = score / p.normaliser[b, t]
+        elif p.earlier is not None and p.earlier[b, t, s]:
+            weight = sum(float(x * y) for x, y in zip(p.q_global[b, t], p.k_global[b, s], strict=True))
+        out[b, t] += weight * p.v[b, s]
+    return out
+
+
+@pytest.mark.parametrize("laplace", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_gated_oracle_equals_loops_and_finite_differences(linear, laplace):
+    generator, step = np.random.default_rng(0), 1e-6
+    q, k, v, q_global, k_global = (
+        generator.normal(size=(2, n, d)) for n, d in ((3, 2), (5, 2), (5, 3), (3, 2), (5, 2))
+    )
+    seen = generator.random((2, 3, 5)) < 0.6
+    extra = {"q_global": q_global, "k_global": k_global, "earlier": ~seen} if linear else {}
+    back, normaliser = generator.integers(-1, 6, (2, 3, 5)).astype(float), 1.0 + generator.random((2, 3))
+    p = GatedProblem(q, k, v, seen, back, normaliser, 0.7, laplace, generator.normal(size=4), **extra)
+    cotangent = generator.normal(size=(2, 3, 3))
+    solved = solve_gated(p, cotangent)
+    np.testing.assert_allclose(solved["out"], gated_by_loop(p), atol=1e-12)
+    for name in ("q", "k", "v", "bias", *(("q_global", "k_global") if linear else ())):
+        value = getattr(p, name)
+        for place in list(np.ndindex(value.shape))[::3]:
+            moved = [value.copy() for _ in range(2)]
+            moved[0][place] += step
+            moved[1][place] -= step
+            up, down = (float((gated_by_loop(dataclasses.replace(p, **{name: x})) * cotangent).sum()) for x in moved)
+            assert solved[f"d{name}"][place] == pytest.approx((up - down) / (2 * step), abs=1e-6)
+
+
 def test_a_measurement_passes_within_its_bound_alone():
     def one(error, bound):
-        return Measurement("law", "values", "case", error, bound)
+        return Measurement("values", "case", error, bound)
 
-    assert one(1.0, 1.0).passed and one(0.0, 0.0).passed and Measurement("law", "values", "", refusal="no").passed
+    assert one(1.0, 1.0).verdict == one(0.0, 0.0).verdict == "passed"
+    assert Measurement("values", "", refusal="no").verdict == "refused"
     for error, limit in ((1.1, 1.0), (1e-9, 0.0), (math.nan, 1.0), (math.inf, 1.0)):
-        assert not one(error, limit).passed and one(error, limit).share > 1.0
+        assert one(error, limit).verdict == "failed" and one(error, limit).share > 1.0
     assert worst([one(0.5, 1.0), one(math.nan, 1.0), one(0.9, 1.0)]).share == math.inf
     assert math.isnan(distance([1.0, math.nan], [1.0, 2.0])) and distance([1.0], [1.0, 2.0]) == math.inf
     assert exact_bound([0.1]) == 5e-6 and exact_bound([-4.0]) == 2e-5
 
 
+def softmax(**fields) -> Softmax:
+    return Softmax(IMPLEMENTATIONS["reference"], Shape(), quick, **fields)
+
+
 def test_numbers_are_the_same_at_every_call_and_bounds_grow_with_coarseness():
-    layout = layouts(23)["packed"]
-    one, other = draw(layout, Shape()), draw(layout, Shape())
+    layout, found = layouts(23)["packed"], softmax()
+    one, other = found.draw(layout), found.draw(layout)
     assert all((one[name] == other[name]).all() for name in one)
-    assert not one["lse"].any() and draw(layout, Shape(), lse=True)["lse"].any()
-    exact = expect(layout, Shape(), one)["out"]
+    assert not one["lse"].any() and softmax(lse=True).draw(layout)["lse"].any()
+    exact = found.expect(one, layout)["out"]
     bounds = [
-        bound(exact, expect(layout, Shape(), one, dtype)["out"], Shape(dtype=dtype))
-        for dtype in ("float32", "float16", "bfloat16")
+        bound(exact, found.expect(one, layout, dtype)["out"], dtype) for dtype in ("float32", "float16", "bfloat16")
     ]
     assert bounds[0] < bounds[1] < bounds[2] < 0.1
 
@@ -234,8 +287,65 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_laws_notice_what_is_wrong(name):
     attend, law = WRONG[name]
-    found = laws.measure(name, wrong(attend), law, "float32", quick)
-    assert any(not each.passed for each in found)
+    found = measure(attention.LAWS[law], wrong(attend), "float32", quick)
+    assert any(each.verdict == "failed" for each in found)
+
+
+def _one_slot_too_many(q, keys, values, mask, terms):
+    wide = mask.replace(start=jnp.maximum(mask.start - 1, 0), end=mask.end + 1, window=None)
+    return DECODERS["reference"].attend(q, keys, values, wide, terms)
+
+
+def _finished_rows_read(q, keys, values, mask, terms):
+    return DECODERS["reference"].attend(q, keys, values, mask.replace(query_segments=mask.query_segments + 1), terms)
+
+
+def _own_token_hidden(q, k, v, mask, normaliser, bias, **settings):
+    return gau_reference.attend(q, k, v, mask.replace(end=mask.end - 1), normaliser, bias, **settings)
+
+
+def _divided_by_one_more(q, k, v, mask, normaliser, bias, **settings):
+    return gau_reference.attend(q, k, v, mask, normaliser + 1.0, bias, **settings)
+
+
+def _bias_by_slot(q, k, v, mask, normaliser, bias, **settings):
+    slots = mask.replace(key_positions=jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]))
+    return gau_reference.attend(q, k, v, slots if bias is not None else mask, normaliser, bias, **settings)
+
+
+@pytest.mark.parametrize(
+    ("attend", "law"), [(_one_slot_too_many, "packed window"), (_finished_rows_read, "empty rows")]
+)  # fmt: skip
+def test_the_laws_notice_a_wrong_decoder(attend, law):
+    found = measure(decoding.LAWS[law], Decoder(lambda case: None, attend), "float32", quick)
+    assert any(each.verdict == "failed" for each in found)
+
+
+@pytest.mark.parametrize(
+    ("attend", "law"), [(_own_token_hidden, "causal"), (_divided_by_one_more, "Laplace"), (_bias_by_slot, "bias")]
+)  # fmt: skip
+def test_the_laws_notice_wrong_gated_attention(attend, law):
+    found = measure(gated.LAWS[law], GauImplementation(lambda case: None, attend), "float32", quick)
+    assert any(each.verdict == "failed" for each in found)
+
+
+def _stale_state(*arguments, **settings):
+    """Leaves the state as it came."""
+    *tokens, state = arguments
+    return flash_reference.chunks(*tokens, state, **settings)[0], state
+
+
+def _one_document(*arguments, **settings):
+    *tokens, context, divisor, bias = arguments
+    merged = Context(context.positions, jnp.minimum(context.segments, 1), packed=True)
+    return flash_reference.attend(*tokens, merged, divisor, bias, **settings)
+
+
+@pytest.mark.parametrize("law", ["state", "packed"])
+def test_the_laws_notice_wrong_flash(law, monkeypatch):
+    broken = FlashImplementation(lambda case: None, _stale_state, _one_document)
+    monkeypatch.setitem(FLASH_IMPLEMENTATIONS, "reference", broken)
+    assert any(each.verdict == "failed" for each in measure(chunked.LAWS[law], "reference", "float32", quick))
 
 
 class Forgetful(Attention):
@@ -266,7 +376,8 @@ class Curious(Attention):
                       (Curious, "causality")]
 )  # fmt: skip
 def test_the_laws_notice_a_wrong_mixer(kind, law):
-    assert any(not each.passed for each in measure_mixer(Sample((kind(2),), RoPE()), law, quick))
+    found = measure(MIXER_LAWS[law], Sample((kind(2),), RoPE()), "float32", quick)
+    assert any(each.verdict == "failed" for each in found)
 
 
 @pytest.fixture
@@ -286,7 +397,7 @@ def test_the_command_prints_the_matrix_and_writes_it(few, tmp_path, capsys, monk
     for word in ("causal", "ring", "float32", "reference", "grouped heads", "same bits", "≤", "0 failed"):
         assert word in out
     found = json.loads(file.read_text())
-    assert found["passed"] and found["platform"] == "cpu" and len(found["entries"]) == len(few)
+    assert found["passed"] == len(found["entries"]) == len(few) and found["platform"] == "cpu"
     first = next(entry for entry in found["entries"] if entry["subject"] == "reference")
     assert {each["what"] for each in first["found"]} == {"values", "gradients"}
     assert all(0 <= each["error"] <= each["bound"] for each in first["found"])
@@ -303,19 +414,50 @@ def test_the_command_fails_where_a_law_is_broken_or_a_program_dies(few, tmp_path
     monkeypatch.setitem(IMPLEMENTATIONS, "reference", wrong(dies))
     assert program.main(["check", "attention", "--json", str(tmp_path / "x.json")]) == 1
     assert "RuntimeError: no such" in capsys.readouterr().out
-    assert not json.loads((tmp_path / "x.json").read_text())["passed"]
+    assert json.loads((tmp_path / "x.json").read_text())["failed"] == 2
 
 
-def test_the_command_says_what_was_refused_and_why(few, capsys, monkeypatch):
+def test_what_was_refused_has_its_reason_and_has_not_passed(few, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "reference", Implementation(lambda case: "it is Sunday", reference.attend))
-    assert program.main(["check", "attention"]) == 0
-    assert "reference refused everything: it is Sunday" in capsys.readouterr().out
+    assert program.main(["check", "attention", "--json", str(tmp_path / "x.json")]) == 0
+    out = capsys.readouterr().out
+    assert "reference refused everything: it is Sunday" in out and "1 entries passed, 0 failed, 2 refused" in out
+    verdicts = [entry["verdict"] for entry in json.loads((tmp_path / "x.json").read_text())["entries"]]
+    assert verdicts == ["refused", "refused", "passed"]
+
+
+def test_refusals_name_what_they_cover():
+    def entry(law, dtype, *found):
+        return matrix.Entry("GAU", "tpu", law, dtype, found)
+
+    measured, refused = Measurement("values", "", 0.0, 0.0), Measurement("values", "", refusal="too small")
+    entries = [entry("a", "float32", refused), entry("b", "float32", refused),
+               entry("a", "bfloat16", measured, refused), entry("b", "bfloat16", measured)]  # fmt: skip
+    (said,) = refusals(entries)
+    assert str(said) == "tpu refused everything in float32, a: too small"
+    (page,) = tables(entries, "", 80)
+    assert [str(column.header) for column in page.columns] == ["", "tpu\nbfloat16"]
+    assert [str(text) for text in page.columns[1].cells] == ["same bits *", "same bits"]
+
+
+@pytest.mark.parametrize(("width", "pages"), [(160, 1), (60, 2), (20, 4)])
+def test_tables_fit_the_screen(width, pages):
+    names = ("one", "two", "three", "four")
+    entries = [matrix.Entry("GAU", name, "law", "float32", (Measurement("values", "", 1e-3, 2e-3),)) for name in names]
+    made = list(tables(entries, "", width))
+    assert len(made) == pages and sum(len(page.columns) - 1 for page in made) == 4
+    console = Console(width=max(width, 30))
+    for page in made:
+        assert page.__rich_measure__(console, console.options).minimum <= max(width, 30)
 
 
 def test_the_whole_matrix_holds_every_law_of_every_subject():
     jobs = list(matrix.jobs())
     assert len(set(jobs)) == len(jobs)
-    assert {(name, law) for kind, name, law, _ in jobs if kind == "implementation"} == {
-        (name, law) for name in IMPLEMENTATIONS for law in laws.LAWS
-    }
+    known = {"implementation": (IMPLEMENTATIONS, attention), "decoder": (DECODERS, decoding),
+             "GAU": (GAU_IMPLEMENTATIONS, gated), "FLASH": (FLASH_IMPLEMENTATIONS, chunked)}  # fmt: skip
+    for kind, (subjects, laws) in known.items():
+        found = {(name, law) for each, name, law, dtype in jobs if each == kind and dtype == "float32"}
+        assert found == {(name, law) for name in subjects for law in laws.LAWS}
+        assert set(matrix.KINDS[kind].bfloat16) | set(matrix.KINDS[kind].float16) <= set(laws.LAWS)
     assert {dtype for *_, dtype in jobs} == {"float32", "bfloat16", "float16"}

@@ -1,31 +1,80 @@
-"""Every law over every implementation and mixer on this device, and the verdict."""
+"""Every law over every implementation, decoder and mixer on this device, and the verdict."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from rlhf_jax.checks.attention import LAWS, measure
-from rlhf_jax.checks.measure import Compile, Measurement, worst
-from rlhf_jax.checks.mixers import MIXER_LAWS, measure_mixer
+from rlhf_jax.checks import attention, chunked, decoding, gated
+from rlhf_jax.checks.measure import Compile, Measurement, Verdict, worst
+from rlhf_jax.checks.mixers import MIXER_LAWS
 from rlhf_jax.checks.samples import SAMPLES
+from rlhf_jax.checks.trial import Law, measure
 from rlhf_jax.ops.attention import IMPLEMENTATIONS
+from rlhf_jax.ops.attention.decode import DECODERS
 from rlhf_jax.ops.attention.terms import this_device
+from rlhf_jax.ops.flash import FLASH_IMPLEMENTATIONS
+from rlhf_jax.ops.gau import GAU_IMPLEMENTATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
-HALF = ("packed", "causality", "sink logits")
-"""Laws that are also measured in float16."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Subjects of one kind, and the laws over them.
+
+    Args:
+        title: of its table.
+        subjects: by name; ``laws`` take their values.
+        laws: by name.
+        bfloat16: laws that are also measured with such inputs.
+        float16: likewise.
+    """
+
+    title: str
+    subjects: Mapping[str, Any]
+    laws: Mapping[str, Law]
+    bfloat16: Sequence[str] = ()
+    float16: Sequence[str] = ()
+
+    def measured_in(self, dtype: str) -> Iterator[str]:
+        """The laws that are measured with inputs of this dtype."""
+        chosen = {"float32": self.laws, "bfloat16": self.bfloat16, "float16": self.float16}[dtype]
+        return (law for law in self.laws if law in chosen)
+
+
+EXACT = ("tile sizes", "tile alignment", "key order")
+"""What fp32 says of them, and is about places and not about rounding, need not be said again."""
+
+
+def _narrow(laws: Mapping[str, Law]) -> list[str]:
+    return [law for law in laws if law not in EXACT]
+
+
+KINDS: dict[str, Kind] = {
+    "implementation": Kind(
+        "implementations of attention", IMPLEMENTATIONS, attention.LAWS, _narrow(attention.LAWS),
+        ("packed", "causality", "sink logits"),
+    ),
+    "decoder": Kind("decoders", DECODERS, decoding.LAWS, _narrow(decoding.LAWS), ("packed", "sink logits")),
+    "GAU": Kind("implementations of GAU", GAU_IMPLEMENTATIONS, gated.LAWS, _narrow(gated.LAWS)),
+    "FLASH": Kind(
+        "implementations of FLASH", {name: name for name in FLASH_IMPLEMENTATIONS}, chunked.LAWS, _narrow(chunked.LAWS)
+    ),
+    "mixer": Kind("mixers", SAMPLES, MIXER_LAWS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
     """What one law found of one subject.
 
-    ``kind`` is "implementation" or "mixer"; ``dtype`` that of the inputs.
+    ``kind`` is one of ``KINDS``; ``dtype`` that of the inputs.
     """
 
     kind: str
@@ -40,8 +89,11 @@ class Entry:
         return tuple(each for each in self.found if each.error is not None)
 
     @property
-    def passed(self) -> bool:
-        return all(each.passed for each in self.found)
+    def verdict(self) -> Verdict:
+        """Refused where nothing was computed, failed where a bound was broken."""
+        if not self.measured:
+            return "refused"
+        return "failed" if any(each.verdict == "failed" for each in self.found) else "passed"
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -55,31 +107,31 @@ class Entry:
 
     def described(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        kept = [dataclasses.asdict(each) | {"passed": each.passed} for each in self.found]
+        kept = [dataclasses.asdict(each) | {"verdict": each.verdict} for each in self.found]
         return {"kind": self.kind, "subject": self.subject, "law": self.law, "dtype": self.dtype,
-                "passed": self.passed, "found": kept}  # fmt: skip
+                "verdict": self.verdict, "found": kept}  # fmt: skip
 
 
-def jobs(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, str, str, str]]:
-    """(kind, subject, law, dtype) of every entry of the matrix, the subjects apart."""
-    for name in IMPLEMENTATIONS:
-        for dtype in dtypes:
-            yield from (("implementation", name, law, dtype) for law in LAWS if dtype != "float16" or law in HALF)
-    for name in SAMPLES if "float32" in dtypes else ():
-        yield from (("mixer", name, law, "float32") for law in MIXER_LAWS)
+Job = tuple[str, str, str, str]
+"""(kind, subject, law, dtype) of an entry."""
 
 
-def run(job: tuple[str, str, str, str], compile: Compile = jax.jit) -> Entry:
+def jobs(dtypes: Sequence[str] = DTYPES) -> Iterator[Job]:
+    """Every entry of the matrix, the subjects apart."""
+    for kind, all_of in KINDS.items():
+        for name in all_of.subjects:
+            for dtype in dtypes:
+                yield from ((kind, name, law, dtype) for law in all_of.measured_in(dtype))
+
+
+def run(job: Job, compile: Compile = jax.jit) -> Entry:
     """One entry. A computation that fails is a failed measurement with the error as its case."""
     kind, subject, law, dtype = job
     try:
-        if kind == "implementation":
-            found = measure(subject, IMPLEMENTATIONS[subject], law, dtype, compile)
-        else:
-            found = measure_mixer(SAMPLES[subject], law, compile)
+        found = measure(KINDS[kind].laws[law], KINDS[kind].subjects[subject], dtype, compile)
     except Exception as error:
         first = str(error).strip().split("\n")[0][:300]
-        found = [Measurement(law, "values", f"{type(error).__name__}: {first}", float("nan"), 0.0)]
+        found = [Measurement("values", f"{type(error).__name__}: {first}", float("nan"), 0.0)]
     return Entry(kind, subject, law, dtype, tuple(found))
 
 
@@ -87,18 +139,19 @@ def matrix(dtypes: Sequence[str] = DTYPES, report: Callable[[int, int, str], Non
     """All entries; ``report`` is told before each (number, total, what)."""
     todo, entries = list(jobs(dtypes)), []
     for number, job in enumerate(todo, start=1):
-        report(number, len(todo), f"{job[1]}: {job[2]}, {job[3]}")
+        report(number, len(todo), f"{job[0]} {job[1]}: {job[2]}, {job[3]}")
         entries.append(run(job))
     return entries
 
 
 def summary(entries: Sequence[Entry]) -> dict[str, Any]:
-    """The device, the verdict and every measurement, for JSON."""
+    """The device, how many entries got which verdict, and every measurement, for JSON."""
     platform, device = this_device()
+    counts = Counter(entry.verdict for entry in entries)
     return {
         "platform": platform,
         "device": device,
         "jax": jax.__version__,
-        "passed": all(entry.passed for entry in entries),
+        **{verdict: counts[verdict] for verdict in ("passed", "failed", "refused")},
         "entries": [entry.described() for entry in entries],
     }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 Compile = Callable[..., Any]
 """``jax.jit``, or it with options."""
+
+Verdict = Literal["passed", "failed", "refused"]
 
 EXACT_BOUND = 5e-6
 """Largest error of fp32 arithmetic, as a part of the largest number (or of 1, if that is larger)."""
@@ -21,7 +23,6 @@ class Measurement:
     """One comparison.
 
     Args:
-        law: what was checked.
         what: "values" or "gradients".
         case: shapes and dtype.
         error: largest absolute difference; None where the computation was refused.
@@ -29,7 +30,6 @@ class Measurement:
         refusal: why nothing was computed.
     """
 
-    law: str
     what: str
     case: str
     error: float | None = None
@@ -37,9 +37,11 @@ class Measurement:
     refusal: str | None = None
 
     @property
-    def passed(self) -> bool:
-        """The error is within the bound (NaN is not), or there was nothing to compare."""
-        return self.error is None or (self.bound is not None and self.error <= self.bound)
+    def verdict(self) -> Verdict:
+        """Passed within the bound (NaN is not); refused where nothing was computed."""
+        if self.error is None:
+            return "refused"
+        return "passed" if self.bound is not None and self.error <= self.bound else "failed"
 
     @property
     def share(self) -> float:
@@ -53,7 +55,7 @@ class Measurement:
 
 def worst(found: Iterable[Measurement]) -> Measurement:
     """The measurement nearest to its bound or furthest beyond it."""
-    return max(found, key=lambda each: (not each.passed, each.share, each.error is not None))
+    return max(found, key=lambda each: (each.verdict == "failed", each.share, each.error is not None))
 
 
 def distance(found, expected) -> float:

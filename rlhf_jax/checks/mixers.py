@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from rlhf_jax.checks.layouts import one_each
 from rlhf_jax.checks.measure import Compile, Measurement, distance
+from rlhf_jax.checks.trial import Law
 from rlhf_jax.models import Block, RoPE, Transformer, abstract_params, empty_cache
 from rlhf_jax.models.positions import Position
 from rlhf_jax.types import Context
@@ -96,7 +97,7 @@ def prefill_and_decode(subject: Subject) -> Iterator[Measurement]:
             )
             pieces.append(logits)
             at += width
-        yield _near("prefill = decode", "values", name, np.concatenate(pieces, axis=1)[real], full[real])
+        yield _near("values", name, np.concatenate(pieces, axis=1)[real], full[real])
 
 
 def ragged_prompts(subject: Subject) -> Iterator[Measurement]:
@@ -110,7 +111,7 @@ def ragged_prompts(subject: Subject) -> Iterator[Measurement]:
         logits, cache = subject.step(tokens, Context(at, np.ones_like(at)), cache)  # pyright: ignore[reportArgumentType]
         found.append(logits[:, 0])
         expected.append(np.take_along_axis(full, at[..., None], axis=1)[:, 0])
-    yield _near("ragged prompts", "values", f"prompts of {PROMPTS}", np.stack(found), np.stack(expected))
+    yield _near("values", f"prompts of {PROMPTS}", np.stack(found), np.stack(expected))
 
 
 def causality(subject: Subject) -> Iterator[Measurement]:
@@ -123,7 +124,7 @@ def causality(subject: Subject) -> Iterator[Measurement]:
         after = subject.full(other, context)
         stuck = float((after[:, at:] == before[:, at:]).all())
         changed = max(distance(after[:, :at], before[:, :at]), stuck)
-        yield Measurement("causality", "values", f"tokens from {at} changed", changed, 0.0)
+        yield Measurement("values", f"tokens from {at} changed", changed, 0.0)
 
 
 def packing(subject: Subject) -> Iterator[Measurement]:
@@ -138,11 +139,11 @@ def packing(subject: Subject) -> Iterator[Measurement]:
     segments = pack(np.array([[2], [5], [1]]) * alone.segments) * np.array([[1], [0], [0]])
     together = Context(pack(alone.positions), segments)  # pyright: ignore[reportArgumentType]
     found, case = subject.full(pack(subject.tokens), together)[0], f"documents of {DOCUMENTS}"
-    yield _near("packing", "values", case, found, pack(subject.full(subject.tokens, alone))[0])
+    yield _near("values", case, found, pack(subject.full(subject.tokens, alone))[0])
     # The same program for both, which is compiled once: what is known of rows with one document stays unused.
     expected = subject.gradients(subject.tokens, dataclasses.replace(alone, packed=True), subject.weights)
     found = subject.gradients(pack(subject.tokens), together, pack(subject.weights))
-    yield _near("packing", "gradients", case, found, expected)
+    yield _near("gradients", case, found, expected)
 
 
 def padding_content(subject: Subject) -> Iterator[Measurement]:
@@ -151,14 +152,14 @@ def padding_content(subject: Subject) -> Iterator[Measurement]:
     real = np.asarray(context.segments) > 0
     other = np.where(real, subject.tokens, (subject.tokens + 1) % VOCAB)
     rows = [subject.full(tokens, context)[real] for tokens in (subject.tokens, other)]
-    yield Measurement("padding content", "values", "whole rows", distance(*rows), 0.0)
+    yield Measurement("values", "whole rows", distance(*rows), 0.0)
     prompts, after = _rows(PROMPTS, PROMPT), np.array(PROMPTS, np.int32)[:, None]
     start, continued = subject.tokens[:, :PROMPT], []
     for tokens in (start, np.where(np.asarray(prompts.segments) > 0, start, (start + 1) % VOCAB)):
         _, cache = subject.step(tokens, prompts, subject.empty())
         context = Context(after, np.ones_like(after))  # pyright: ignore[reportArgumentType]
         continued.append(subject.step(subject.tokens[:, -1:], context, cache)[0])
-    yield Measurement("padding content", "values", "prompts", distance(*continued), 0.0)
+    yield Measurement("values", "prompts", distance(*continued), 0.0)
 
 
 def _rows(lengths: tuple[int, ...], width: int = LENGTH) -> Context:
@@ -167,18 +168,9 @@ def _rows(lengths: tuple[int, ...], width: int = LENGTH) -> Context:
     return Context(places.positions, places.segments, packed=False)  # pyright: ignore[reportArgumentType]
 
 
-def _near(law: str, what: str, case: str, found, expected) -> Measurement:
+def _near(what: str, case: str, found, expected) -> Measurement:
     largest = float(np.abs(np.asarray(expected)).max(initial=0.0))
-    return Measurement(law, what, case, distance(found, expected), BOUND * max(1.0, largest))
-
-
-MIXER_LAWS: dict[str, Callable[[Subject], Iterator[Measurement]]] = {
-    "prefill = decode": prefill_and_decode,
-    "ragged prompts": ragged_prompts,
-    "causality": causality,
-    "packing": packing,
-    "padding content": padding_content,
-}
+    return Measurement(what, case, distance(found, expected), BOUND * max(1.0, largest))
 
 
 @functools.lru_cache(maxsize=4)
@@ -187,7 +179,20 @@ def subject(sample: Sample, compile: Compile = jax.jit) -> Subject:
     return Subject(sample, compile)
 
 
-def measure_mixer(sample: Sample, law: str, compile: Compile = jax.jit) -> list[Measurement]:
-    """What one of ``MIXER_LAWS`` finds; fp32 is computed with products of full precision on every device."""
-    with jax.default_matmul_precision("highest"):
-        return list(MIXER_LAWS[law](subject(sample, compile)))
+def of_sample(law: Callable[[Subject], Iterator[Measurement]]) -> Law:
+    """The law of a sample's model; fp32 is computed with products of full precision on every device."""
+
+    def measured(sample: Sample, dtype: str, compile: Compile) -> Iterator[Measurement]:
+        with jax.default_matmul_precision("highest"):
+            yield from list(law(subject(sample, compile)))
+
+    return measured
+
+
+MIXER_LAWS: dict[str, Law] = {
+    "prefill = decode": of_sample(prefill_and_decode),
+    "ragged prompts": of_sample(ragged_prompts),
+    "causality": of_sample(causality),
+    "packing": of_sample(packing),
+    "padding content": of_sample(padding_content),
+}

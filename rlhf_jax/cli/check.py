@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_jax.checks.matrix import Entry, matrix, summary
+from rlhf_jax.checks.matrix import KINDS, Entry, matrix, summary
+from rlhf_jax.checks.measure import worst
 from rlhf_jax.errors import UserError
 from rlhf_jax.ops.attention.terms import this_device
 
@@ -26,87 +28,110 @@ def check_attention(file: Path | None, dtypes: Sequence[str]) -> None:
     device = this_device()[1]
     for kind in dict.fromkeys(entry.kind for entry in entries):
         of_kind = [entry for entry in entries if entry.kind == kind]
-        console.print(table(of_kind, f"{kind}s on {device}: error ≤ bound of each law's worst case"))
-    for line in remarks(entries):
-        console.print(line, soft_wrap=True)
+        title = f"{KINDS[kind].title} on {device}: error ≤ bound of each law's worst case, of values and of gradients"
+        for each in tables(of_kind, title, console.width):
+            console.print(each)
+        for line in (*failures(of_kind), *refusals(of_kind), Text()):
+            console.print(line, soft_wrap=True)
+    counts = Counter(entry.verdict for entry in entries)
+    console.print(f"{counts['passed']} entries passed, {counts['failed']} failed, {counts['refused']} refused")
     if file is not None:
         text = json.dumps(_without_nan(summary(entries)), indent=1, ensure_ascii=False, allow_nan=False)
         file.write_text(text + "\n", encoding="utf-8")
-    failed = sum(not entry.passed for entry in entries)
-    if failed:
+    if counts["failed"]:
         raise UserError(
-            f"{failed} of {len(entries)} entries failed", at="check attention",
+            f"{counts['failed']} of {len(entries)} entries failed", at="check attention",
             fix="take another implementation on this device, and report what the table says", exit_code=FAILED,
         )  # fmt: skip
 
 
-def table(entries: Sequence[Entry], title: str) -> Table:
-    """One row for each law, dtype and values or gradients, one column for each subject that was measured at all."""
-    mixers = entries[0].kind == "mixer"
-    subjects = [name for name in dict.fromkeys(entry.subject for entry in entries)
-                if any(entry.measured for entry in entries if entry.subject == name)]  # fmt: skip
-    rows = list(dict.fromkeys((entry.dtype, entry.law) for entry in entries))
-    by_place = {(entry.dtype, entry.law, entry.subject): entry for entry in entries}
-    made = Table(title=title, title_justify="left", show_lines=False)
-    if mixers:
-        made.add_column("mixer")
-        for _, law in rows:
-            made.add_column(law, justify="right")
-        for name in subjects:
-            made.add_row(Text(name), *(cell(by_place.get((*row, name))) for row in rows))
-        return made
-    made.add_column("law")
-    made.add_column("inputs")
-    for name in subjects:
-        made.add_column(Text(name), justify="right")
-    for number, (dtype, law) in enumerate(rows):
-        ends = number + 1 == len(rows) or rows[number + 1][0] != dtype
-        cells = (cell(by_place.get((dtype, law, name))) for name in subjects)
-        made.add_row(law, dtype, *cells, end_section=ends)
+def tables(entries: Sequence[Entry], title: str, width: int) -> Iterator[Table]:
+    """One row for each law, one column for each subject and dtype that was measured at all; of mixers the other way.
+
+    Columns that do not fit into ``width`` characters go into further tables.
+    """
+    cells: dict[tuple[str, str], Text] = {}
+    for entry in entries:
+        place = entry.law, f"{entry.subject}\n{entry.dtype}"
+        cells[(entry.subject, entry.law) if entry.kind == "mixer" else place] = cell(entry)
+    rows, columns = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
+    columns = [name for name in columns if any(cells.get((row, name), REFUSED) != REFUSED for row in rows)]
+
+    def wide(texts) -> int:
+        return max(len(line) for text in texts for line in str(text).split("\n")) + 3
+
+    first = wide([*rows, ""])
+    left, page = 0, []
+    for name in columns:
+        needed = wide([name, *(cells.get((row, name), "") for row in rows)])
+        if page and needed > left:
+            yield _page(cells, rows, page, title)
+            page = []
+        left = (left if page else width - first - 1) - needed
+        page.append(name)
+    if page:
+        yield _page(cells, rows, page, title)
+
+
+def _page(cells: Mapping[tuple[str, str], Text], rows: Sequence[str], columns: Sequence[str], title: str) -> Table:
+    made = Table("", title=title, title_justify="left")
+    for name in columns:
+        made.add_column(Text(name), justify="right", no_wrap=True)
+    for row in rows:
+        if any((row, name) in cells for name in columns):
+            made.add_row(Text(row), *(cells.get((row, name), Text()) for name in columns))
     return made
 
 
-def cell(entry: Entry | None) -> Text:
-    """``3.7e-07 ≤ 1.4e-05`` for values and gradients in two lines; red where a bound was broken."""
-    if entry is None:
-        return Text("")
+REFUSED = Text("refused", style="dim")
+
+
+def cell(entry: Entry) -> Text:
+    """``3.7e-07 ≤ 1.4e-05`` for values and gradients in two lines; red where a bound was broken.
+
+    A star says that some cases were refused.
+    """
     if entry.worst is None:
-        return Text("refused", style="dim")
+        return REFUSED
     words = []
     for what in ("values", "gradients"):
         found = [each for each in entry.measured if each.what == what]
         if found:
-            widest = max(found, key=lambda each: (not each.passed, each.share))
+            widest = worst(found)
             assert widest.error is not None and widest.bound is not None
-            sign = "≤" if widest.passed else ">"
+            sign = "≤" if widest.verdict == "passed" else ">"
             words.append(f"{widest.error:.1e} {sign} {widest.bound:.1e}" if widest.bound else _bits(widest.error))
     some = " *" if entry.refusals else ""
-    return Text("\n".join(words) + some, style="" if entry.passed else "bold red")
+    return Text("\n".join(dict.fromkeys(words)) + some, style="bold red" if entry.verdict == "failed" else "")
 
 
 def _bits(error: float) -> str:
     return "same bits" if error == 0.0 else f"{error:.1e} > 0"
 
 
-def remarks(entries: Sequence[Entry]) -> list[Text]:
-    """What failed, in which case; and why something was refused."""
-    lines = []
+def failures(entries: Sequence[Entry]) -> Iterator[Text]:
+    """What failed, in which case."""
     for entry in entries:
         for each in entry.measured:
-            if not each.passed:
-                what = f"{entry.subject}, {each.law}, {each.what}: {each.error:.3g} > {each.bound:.3g} ({each.case})"
-                lines.append(Text(f"FAILED {what}", style="bold red"))
-    reasons: dict[tuple[str, str], dict[str, None]] = {}
+            if each.verdict == "failed":
+                what = f"{entry.subject}, {entry.law}, {each.what}: {each.error:.3g} > {each.bound:.3g} ({each.case})"
+                yield Text(f"FAILED {what}", style="bold red")
+
+
+def refusals(entries: Sequence[Entry]) -> Iterator[Text]:
+    """Who refused what, and why."""
+    reasons: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for entry in entries:
         for reason in entry.refusals:
-            reasons.setdefault((entry.subject, reason), {})[entry.law] = None
-    of_kind = {name: {entry.law for entry in entries if entry.subject == name} for name, _ in reasons}
-    for (name, reason), laws in reasons.items():
-        where = "everything" if set(laws) == of_kind[name] else ", ".join(laws)
-        lines.append(Text(f"{name} refused {where}: {reason}", style="dim"))
-    failed, measured = sum(not entry.passed for entry in entries), sum(bool(entry.measured) for entry in entries)
-    lines.append(Text(f"{measured} entries measured, {failed} failed, {len(entries) - measured} refused"))
-    return lines
+            reasons.setdefault((entry.subject, reason), set()).add((entry.dtype, entry.law))
+    for (name, reason), refused in reasons.items():
+        asked = {(entry.dtype, entry.law) for entry in entries if entry.subject == name}
+        whole = [dtype for dtype in dict.fromkeys(dtype for dtype, _ in sorted(asked))
+                 if {each for each in asked if each[0] == dtype} <= refused]  # fmt: skip
+        others = dict.fromkeys(entry.law for entry in entries
+                               if (entry.dtype, entry.law) in refused and entry.dtype not in whole)  # fmt: skip
+        where = "everything" if refused == asked else ", ".join([*(f"everything in {each}" for each in whole), *others])
+        yield Text(f"{name} refused {where}: {reason}", style="dim")
 
 
 def _without_nan(value):
