@@ -69,7 +69,7 @@ class Counts:
 def count(module: Module, devices: int) -> Counts:
     """Everything, over all computations and their loops."""
     found = Counts(unknown_loops=module.unknown, halved_loops=module.halved)
-    by_channel: dict[str, Collective] = {}
+    fused: dict[tuple, Collective] = {}
     for computation, instruction, times in module.executed():
         work = flops(computation, instruction)
         if work is None:
@@ -80,14 +80,15 @@ def count(module: Module, devices: int) -> Counts:
         if computation.name in module.stream:
             found.bytes += times * moved(module, computation, instruction)
         sent = collective(computation, instruction, times, devices)
-        if sent is not None:
+        if sent is not None and computation.name in module.stream:
+            found.collectives.append(sent)
+        elif sent is not None:
             # Compilers for TPUs write one communication down several times: in its start, in what it overlaps with.
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            key = instruction.name if channel is None else f"channel {channel.group(1)}"
-            other = by_channel.get(key)
-            if other is None or sent.sent > other.sent:
-                by_channel[key] = sent
-    found.collectives = list(by_channel.values())
+            marks = re.findall(r'channel_id=\d+|op_name="[^"]*"', instruction.attributes)
+            key = (*marks, sent.kind, sent.payload, sent.group)
+            if key not in fused or sent.times > fused[key].times:
+                fused[key] = sent
+    found.collectives += fused.values()
     return found
 
 
