@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax.errors import BUG, DONE, PREEMPTED, Preempted, UserError
 
@@ -23,23 +24,34 @@ def main(words: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != DEBUG]
     verb = parse(words)
     keep_compiled_programs()
+    code, text = DONE, ""
     try:
         verb.run()
     except UserError as error:
-        if debug:
+        if debug and not _processes():
             raise
-        _print_error(str(error))
-        return error.exit_code
+        code, text = error.exit_code, str(error)
+        _print_error("".join(traceback.format_exception(error)) if debug else text)
     except Preempted as stop:
+        code = PREEMPTED
         _print_error(f"stopped: {stop}", style="yellow")
-        return PREEMPTED
     except KeyboardInterrupt:
-        _print_error("interrupted", style="yellow")
-        return INTERRUPTED
-    except Exception:
+        code, text = INTERRUPTED, "interrupted"
+        _print_error(text, style="yellow")
+    except Exception as error:
+        if others := _processes():
+            others.wait_for_cause(error)
         traceback.print_exc()
-        return BUG
-    return DONE
+        code, text = BUG, f"{type(error).__name__}: {error}"
+    if others := _processes():
+        others.leave(code, text)
+    return code
+
+
+def _processes() -> Any:
+    """The module that joined this process to others; None where it is alone."""
+    module = sys.modules.get("rlhf_jax.processes")
+    return module if module is not None and module.joined() else None
 
 
 def parse(words: Sequence[str]):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import config
+from rlhf_jax import config, processes
 from rlhf_jax.data.chat import ChatFormat
 from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.models import Transformer, abstract_params
@@ -107,6 +107,7 @@ def run(
         announce: is told which stage begins, in words.
     """
     chosen, described = _chosen(experiment, only), config.describe(experiment)
+    processes.same("the configuration", config.fingerprint(described))
     check_reuse(run_dir, described, resume)  # before data is read, and again when the directory is ours
     workspace = experiment.workspace(run_dir, monitor, experiment.layout.place())
     for stage in chosen:
@@ -119,7 +120,7 @@ def run(
         _stoppable(workspace),
         workspace.placement.active(),
     ):
-        workspace.tokenizer.save(run_dir)
+        processes.first("saving of the tokenizer", lambda: workspace.tokenizer.save(run_dir))
         directory.note(implementations={stage.name: stage_plan(stage, experiment.model) for stage in chosen})
         for number, stage in enumerate(chosen, start=1):
             if workspace.is_finished(stage.name):
@@ -204,7 +205,7 @@ def _conclude(
         summary |= experiment.evaluation.run(workspace)
     if all(workspace.is_finished(stage.name) for stage in experiment.stages):
         directory.finish(summary)
-    else:
+    elif processes.is_first():
         write_json(directory.path / "partial_summary.json", summary)
     return summary
 
@@ -221,6 +222,8 @@ def _chosen(experiment: Experiment, only: Sequence[str]) -> list[AnyStage]:
 def _sinks(experiment: Experiment, folder: Path) -> Callable[[str], tuple[Sink, ...]]:
     def make(stage: str) -> tuple[Sink, ...]:
         made: list[Sink] = []
+        if not processes.is_first():
+            return ()
         if "tensorboard" in experiment.sinks:
             made.append(TensorBoard(folder / stage / "tensorboard"))
         if "wandb" in experiment.sinks:

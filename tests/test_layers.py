@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "rlhf_jax"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "compat", "types", "config"),
+    ("errors", "compat", "types", "config", "processes"),
     ("ops",),
     ("models",),
     ("sampling", "sharding", "scoring"),

@@ -17,6 +17,7 @@ from rlhf_jax.evaluation import estimates
 from rlhf_jax.evaluation.estimates import NOTHING, Estimate
 from rlhf_jax.models import Transformer
 from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.sharding import fetch
 from rlhf_jax.types import PyTree, TokenBatch
 
 CHUNK = 8192
@@ -52,7 +53,7 @@ def held_out(
     """
     losses, tokens, sizes = [], [], []
     for batch in batches:
-        row_losses, row_tokens = row_loss(model, params, batch)
+        row_losses, row_tokens = fetch(row_loss(model, params, batch))
         losses.append(np.asarray(row_losses, dtype=float))
         tokens.append(np.asarray(row_tokens, dtype=float))
         if decode is not None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import config
+from rlhf_jax import config, processes
 from rlhf_jax.errors import BAD_DATA, LOCKED, UserError
 from rlhf_jax.runs.environment import environment, versions
 from rlhf_jax.runs.files import append_row, check_writable, read_json, read_rows, write_json
@@ -50,11 +50,13 @@ class RunDirectory:
 
     def note(self, **row: Any) -> None:
         """Append to the record of attempts, for example the step that a stage resumed from."""
-        append_row(self.path / ATTEMPTS_FILE, {"attempt": self.attempt, "time": now(), **row})
+        if processes.is_first():
+            append_row(self.path / ATTEMPTS_FILE, {"attempt": self.attempt, "time": now(), **row})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of the whole run and mark it as done."""
-        write_json(self.path / SUMMARY_FILE, {**summary, "done": True})
+        if processes.is_first():
+            write_json(self.path / SUMMARY_FILE, {**summary, "done": True})
 
 
 def is_done(directory: Path) -> bool:
@@ -79,6 +81,8 @@ def open_run(
 ) -> Iterator[RunDirectory]:
     """Create ``directory``, or resume the run in it, and hold it until the block ends.
 
+    Of several processes the first does all this, for all of them; they get its error too.
+
     Args:
         directory: where; its parents are created too.
         description: ``config.describe(experiment)``.
@@ -91,6 +95,25 @@ def open_run(
         UserError: if another process holds the directory (LOCKED), it has content and ``resume`` is false, or the
             configuration changed. Nothing is written in any of these cases.
     """
+    with contextlib.ExitStack() as held:
+
+        def enter() -> int:
+            return held.enter_context(_opened(directory, description, source, overrides, resume, changeable)).attempt
+
+        attempt = processes.first(f"opening of {directory}", enter)
+        yield RunDirectory(directory, description, attempt)
+
+
+@contextlib.contextmanager
+def _opened(
+    directory: Path,
+    description: Any,
+    source: Path | None,
+    overrides: Mapping[str, Any] | None,
+    resume: bool,
+    changeable: Sequence[str],
+) -> Iterator[RunDirectory]:
+    """What ``open_run`` says, in one process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,7 +123,7 @@ def open_run(
         # Looked at before the lock, since that would leave a file in a folder that is none of ours.
         raise UserError("this folder has files and no run in it", at=str(directory), fix="take another --run-dir")
     with locked(directory) as died:
-        rows = check_reuse(directory, description, resume, changeable)
+        rows = _reused(directory, description, resume, changeable)
         check_writable(directory)
         attempt = 1 + sum("pid" in row for row in read_rows(directory / ATTEMPTS_FILE))
         run = RunDirectory(directory, description, attempt)
@@ -124,7 +147,14 @@ def _is_empty(directory: Path) -> bool:
 
 
 def check_reuse(directory: Path, description: Any, resume: bool, changeable: Sequence[str] = CHANGEABLE) -> list[tuple]:
-    """The changes that a resumed run takes over; an error for those that it must not. Reads only."""
+    """The changes that a resumed run takes over; an error for those that it must not. Reads only.
+
+    Of several processes the first looks: the others could come when it has already begun to write.
+    """
+    return processes.first(f"look at {directory}", lambda: _reused(directory, description, resume, changeable))
+
+
+def _reused(directory: Path, description: Any, resume: bool, changeable: Sequence[str]) -> list[tuple]:
     if not (directory / CONFIG_FILE).is_file():
         return []  # new, or its first attempt died before it had begun
     if not resume:

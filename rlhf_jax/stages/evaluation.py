@@ -20,6 +20,7 @@ from rlhf_jax.evaluation.language import held_out
 from rlhf_jax.models import ScalarModel, Transformer
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.scoring import response_logprobs
+from rlhf_jax.sharding import fetch
 from rlhf_jax.stages.language import check_length, text_rows
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import (
@@ -178,7 +179,7 @@ class Evaluation:
             if judge is not None:
                 assert isinstance(judge.model, ScalarModel)
                 scores = score_rollout(judge.model, judge.params, rollout)
-            scored = _Scored(*jax.device_get((rollout, logprobs, ref_logprobs, entropy, scores)))
+            scored = _Scored(*fetch((rollout, logprobs, ref_logprobs, entropy, scores)))
             parts.append(_first_rows(scored, real * self.sampling.samples_per_prompt))
         return self._measure(workspace, _joined(parts), prompts)
 

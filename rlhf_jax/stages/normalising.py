@@ -17,6 +17,7 @@ from rlhf_jax.data.pipelines import one_pass
 from rlhf_jax.models import ScalarModel
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.scoring import sequence_scores
+from rlhf_jax.sharding import fetch
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import Prompts, read_prompts, score_rollout
 from rlhf_jax.stages.settings import Source, naming
@@ -65,7 +66,7 @@ def demonstration_scores(
     """The model's score of every demonstration that fits into a row."""
     rows = demonstration_rows(workspace, sources, length, name)
     found = [
-        np.asarray(score_sequences(model, params, batch.tokens, np.sum(batch.segments > 0, axis=1)))
+        fetch(score_sequences(model, params, batch.tokens, np.sum(batch.segments > 0, axis=1)))
         for batch in workspace.stoppable(one_pass(rows, SCORED_AT_A_TIME))
     ]
     return np.concatenate(found)[: len(rows.tokens)]
@@ -96,7 +97,7 @@ def sample_scores(
         filled = dataclasses.replace(batch, lengths=np.maximum(batch.lengths, 1))
         key = workspace.key(name, "reference samples")
         rollout = sample(policy.trunk, policy.trunk_params, filled, reference.sampling, key, **ids)
-        found.append(np.asarray(score_rollout(model, params, rollout)))
+        found.append(fetch(score_rollout(model, params, rollout)))
     return np.concatenate(found)[: len(rows.tokens) * reference.sampling.samples_per_prompt]
 
 

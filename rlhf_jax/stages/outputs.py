@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import config
+from rlhf_jax import config, processes
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import BAD_DATA, MISSING_INPUT, UserError
@@ -52,14 +52,17 @@ class Output:
 
 def save_output(folder: Path, output: Output) -> None:
     """Write the folder; ``model.json`` comes last, so a folder with it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "params", output.params)
-    output.tokenizer.save(folder)
-    write_json(folder / MODEL_FILE, {"model": config.describe(output.model), "notes": output.notes})
+
+    def describe() -> None:
+        output.tokenizer.save(folder)
+        write_json(folder / MODEL_FILE, {"model": config.describe(output.model), "notes": output.notes})
+
+    processes.first(f"end of {folder}", describe)
 
 
 def is_output(folder: Path) -> bool:
-    return (folder / MODEL_FILE).is_file()
+    return processes.first(f"look at {folder}", lambda: (folder / MODEL_FILE).is_file())
 
 
 def load_output(folder: Path, known: Mapping[str, Any] | None = None, placement: Placement = Placement()) -> Output:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import processes
 from rlhf_jax.runs.files import read_rows
 
 SHOWN = 4
@@ -30,7 +31,9 @@ class SampleLog:
         self, iteration: int, prompts: Sequence[Sequence[dict[str, str]]], responses: Sequence[str],
         scores: Sequence[float],
     ) -> None:  # fmt: skip
-        """Keep the first few responses of an iteration."""
+        """Keep the first few responses of an iteration; of several processes, the first writes."""
+        if not processes.is_first():
+            return
         kept: list[dict[str, Any]] = [row for row in read_rows(self.path) if row["iteration"] < iteration]
         for prompt, response, score in list(zip(prompts, responses, scores, strict=True))[:SHOWN]:
             shown = {"prompt": prompt[-1]["content"], "response": response, "score": float(score)}

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from rlhf_jax import processes
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import PyTree
 
@@ -46,8 +47,8 @@ def describe(tree: PyTree) -> Description:
 
 
 def write_arrays(folder: Path, tree: PyTree) -> None:
-    """Writes the leaves of a tree below ``folder``."""
-    stored = {name: leaf for name, leaf in _named(tree).items() if leaf.size}  # Orbax refuses empty arrays.
+    """Writes the leaves of a tree below ``folder``; of several processes, all call it."""
+    stored = {name: _storable(leaf) for name, leaf in _named(tree).items() if leaf.size}  # Orbax refuses empty arrays.
     if stored:
         _orbax().save((folder / _FOLDER).absolute(), traverse_util.unflatten_dict(stored, sep="/"))
 
@@ -103,6 +104,12 @@ def _named(tree: PyTree) -> dict[str, Any]:
             raise ValueError(f"{name!r} does not name one leaf; expected keys that differ as strings, without a slash")
         named[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return named
+
+
+def _storable(leaf: Any) -> Any:
+    """What only this process has is the same in all, and Orbax takes that as an array of numpy."""
+    local = isinstance(leaf, jax.Array) and leaf.is_fully_addressable and processes.count() > 1
+    return np.asarray(leaf) if local else leaf
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

@@ -1,8 +1,8 @@
 """Checkpoints of a loop, and parameters as a stage's output: verified when read, never half written.
 
 A checkpoint is a step, a pytree of arrays and JSON-able extras (the state of the data iterator, controllers, ...).
-Writing is synchronous: when ``save`` returns, the checkpoint is on the disk, and a failure is an error at once. One
-process writes a folder; keeping others out is the run directory's lock.
+Writing is synchronous: when ``save`` returns, the checkpoint is on the disk, and a failure is an error at once. The
+processes of one run write a folder together; keeping others out is the run directory's lock.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from rlhf_jax import processes
 from rlhf_jax.errors import IO, MISSING_INPUT, UserError
 from rlhf_jax.training.arrays import abstract, describe, expect_same, read_arrays, write_arrays
-from rlhf_jax.training.durable import Damaged, remove_folder, remove_leftovers, verify_folder, write_folder
+from rlhf_jax.training.durable import Damaged, agreed, remove_folder, remove_leftovers, verify_folder, write_folder
 from rlhf_jax.types import PyTree
 
 __all__ = ["Checkpoints", "Snapshot", "abstract", "load_params", "save_params"]
@@ -67,8 +68,8 @@ class Checkpoints:
     def save(self, step: int, tree: PyTree, extra: dict[str, Any]) -> Path:
         """Writes a checkpoint, then removes those beyond ``keep``; one of the same step is replaced."""
         text, header = json.dumps(extra), {"step": step, "leaves": describe(tree)}
-        self._put_aside()
-        later = [s for s in self.steps() if s > step]
+        processes.first(f"putting aside before step {step}", self._put_aside)
+        later = [s for s in processes.first("steps", self.steps) if s > step]
         if later:
             raise UserError(
                 f"saving step {step} beside the checkpoint of step {later[-1]}",
@@ -79,13 +80,17 @@ class Checkpoints:
 
         def fill(folder: Path) -> None:
             write_arrays(folder, tree)
-            (folder / _EXTRA).write_text(text, encoding="utf-8")
+            if processes.is_first():
+                (folder / _EXTRA).write_text(text, encoding="utf-8")
 
-        try:
-            remove_leftovers(self.directory)
-            write_folder(self.folder(step), fill, header)
+        def remove_old() -> None:
             for _, old in self._folders()[: -self.keep]:
                 remove_folder(old)
+
+        try:
+            processes.first(f"tidying before step {step}", lambda: remove_leftovers(self.directory))
+            write_folder(self.folder(step), fill, header)
+            processes.first(f"tidying after step {step}", remove_old)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, tree, error) from error
         return self.folder(step)
@@ -101,10 +106,11 @@ class Checkpoints:
         """
         target = abstract(target)
         rejected: list[tuple[Path, str]] = []
-        for step, folder in reversed(self._folders()):
+        for step, name in reversed(processes.first("steps", lambda: [(s, p.name) for s, p in self._folders()])):
+            folder = self.directory / name
             try:
                 snapshot = self._read(step, folder, target)
-            except (Damaged, OSError) as error:
+            except Damaged as error:
                 _log.warning("checkpoint of step %d rejected: %s: %s", step, folder, error)
                 rejected.append((folder, str(error)))
                 continue
@@ -131,8 +137,10 @@ class Checkpoints:
         if header["step"] != step:
             raise Damaged(f"it was written as step {header['step']}")
         expect_same(header["leaves"], target, at=str(folder))
-        extra = json.loads((folder / _EXTRA).read_text(encoding="utf-8"))
-        return Snapshot(step, read_arrays(folder, target), extra)
+        text = processes.first(f"extras of {folder}", lambda: (folder / _EXTRA).read_text(encoding="utf-8"))
+        tree: list[PyTree] = []
+        agreed(f"arrays of {folder}", lambda: tree.append(read_arrays(folder, target)))
+        return Snapshot(step, tree[0], json.loads(text))
 
     def _put_aside(self) -> None:
         """Renames the checkpoints that the last restore rejected, so that they neither count nor get in the way."""

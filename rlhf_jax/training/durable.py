@@ -2,7 +2,8 @@
 
 Orbax does not notice a flipped bit in the data of an array, and leaves small files unsynced. So a folder is written
 under a temporary name, gets a ``MANIFEST.json`` with the size and sha256 of every file, is forced to the disk, and only
-then takes its name. What is read is verified first. This file knows nothing of arrays.
+then takes its name. What is read is verified first. Several processes of a run share the folder: all fill and
+sync it, process 0 makes and names it. This file knows nothing of arrays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rlhf_jax import processes
 
 MANIFEST = "MANIFEST.json"
 LEFTOVERS = (".tmp-", ".old-")
@@ -29,29 +32,46 @@ def write_folder(folder: Path, fill: Callable[[Path], None], header: dict[str, A
 
     Args:
         folder: the name; the folder above it is made when it is missing.
-        fill: writes files into the folder that it is given.
+        fill: writes files into the folder that it is given; called in every process.
         header: JSON-able; kept in the manifest and returned by ``verify_folder``.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.parent / f"{LEFTOVERS[0]}{folder.name}-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    at = str(folder)
+    draft = Path(processes.first(f"beginning of {at}", lambda: str(_new_draft(folder))))
     try:
-        fill(draft)
-        files = {name: _fingerprint(draft / name) for name in _files(draft)}
-        (draft / MANIFEST).write_bytes(_render({"files": files, "header": header}))
-        _sync_tree(draft)
-        if folder.exists():
-            remove_folder(folder)
-        os.rename(draft, folder)
-        _sync(folder.parent)
+        processes.together(f"writing of {at}", lambda: (fill(draft), _sync_tree(draft)))
+        files = _fingerprints(draft, processes.first(f"files of {at}", lambda: _files(draft)))
+        processes.first(f"end of {at}", lambda: _publish(draft, folder, {"files": files, "header": header}))
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """The header of a folder whose every file is as it was written; ``Damaged`` otherwise."""
+    """The header of a folder whose every file is as it was written; ``Damaged`` otherwise, in every process."""
+    body = agreed(f"manifest of {folder}", lambda: _manifest(folder) if processes.is_first() else None)[0]
+    own = sorted(body["files"])[processes.index() :: processes.count()]
+    agreed(f"check of {folder}", lambda: _compare(folder, {name: body["files"][name] for name in own}))
+    return body["header"]
+
+
+def agreed(what: str, look: Callable[[], Any]) -> list[Any]:
+    """What every process sees (JSON-able); ``Damaged`` in all where it is so, or unreadable, for one."""
+
+    def seen() -> dict[str, Any]:
+        try:
+            return {"seen": look()}
+        except (Damaged, OSError) as error:
+            return {"damaged": str(error)}
+
+    found = processes.gather(what, seen)
+    for one in found:
+        if "damaged" in one:
+            raise Damaged(one["damaged"])
+    return [one["seen"] for one in found]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise Damaged(f"{folder.name} is not a folder")
     if not (folder / MANIFEST).is_file():
@@ -64,7 +84,11 @@ def verify_folder(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} does not read ({error})") from error
     if _render(body) != stored:
         raise Damaged(f"{MANIFEST} differs from what was written")
-    for name, expected in body["files"].items():
+    return body
+
+
+def _compare(folder: Path, files: dict[str, Any]) -> None:
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{name} is missing")
@@ -72,7 +96,6 @@ def verify_folder(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{name} has {path.stat().st_size} bytes; {expected['size']} were written")
         if _fingerprint(path) != expected:
             raise Damaged(f"{name} differs from what was written (sha256)")
-    return body["header"]
 
 
 def remove_folder(folder: Path) -> None:
@@ -94,6 +117,31 @@ def remove_leftovers(folder: Path) -> list[str]:
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return sorted(path.name for path in found)
+
+
+def _new_draft(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.parent / f"{LEFTOVERS[0]}{folder.name}-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    return draft
+
+
+def _publish(draft: Path, folder: Path, body: dict[str, Any]) -> None:
+    (draft / MANIFEST).write_bytes(_render(body))
+    _sync(draft / MANIFEST)
+    _sync(draft)
+    if folder.exists():
+        remove_folder(folder)
+    os.rename(draft, folder)
+    _sync(folder.parent)
+
+
+def _fingerprints(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Of all files; each process reads its share of them."""
+    own = names[processes.index() :: processes.count()]
+    shares = processes.gather(f"checksums of {folder}", lambda: {name: _fingerprint(folder / name) for name in own})
+    return {name: found for share in shares for name, found in share.items()}
 
 
 def _render(body: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_jax import processes
 from rlhf_jax.errors import DIVERGED, Preempted, UserError
 from rlhf_jax.training.checkpoint import Checkpoints, Snapshot
 from rlhf_jax.training.durable import remove_leftovers
@@ -60,7 +61,8 @@ class Journal:
         """
         snapshot = None
         if self.checkpoints is not None:
-            remove_leftovers(self.checkpoints.directory)
+            directory = self.checkpoints.directory
+            processes.first(f"tidying of {directory}", lambda: remove_leftovers(directory))
             snapshot = self.checkpoints.restore_latest(target)
         extra = {} if snapshot is None else dict(snapshot.extra)
         self._unfinished = extra.pop(_UNFINISHED, None)
@@ -112,7 +114,7 @@ class Journal:
                 raise self._preempted(step) from None
         if write:
             self.write(step, row)
-        stopping = self.stop.requested  # Read once: a signal may come at any moment.
+        stopping = self.stop.poll()  # Once: a signal may come at any moment.
         if last or stopping or (self.checkpoints is not None and self.checkpoints.due(step)):
             self._save(step, capture)
         if stopping and not last:

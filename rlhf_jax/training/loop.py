@@ -122,7 +122,7 @@ def train(
         last = step == total_steps
         measure = last or (evaluate_every > 0 and step % evaluate_every == 0)
         running = (step, values)
-        if last or measure or journal.stop.requested or (checkpoints is not None and checkpoints.due(step)):
+        if last or measure or journal.stop.poll() or (checkpoints is not None and checkpoints.due(step)):
             wanted = step % log_every == 0 or last or (measure and evaluate is not None)
             finish(fetch(step, values, wanted), write=wanted, measure=measure)
             running = None

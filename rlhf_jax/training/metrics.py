@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf_jax import processes
 from rlhf_jax.errors import IO, UserError
 
 Row = dict[str, Any]
@@ -31,12 +32,17 @@ class MetricsWriter:
     """Appends rows to a JSON lines file, one per step, each flushed as it is written.
 
     Floats are written so that they read back exactly; numbers that are not finite as Python's json writes them (NaN).
-    A step that was written cannot be written again: call ``truncate`` first, as a resumed run does.
+    A step that was written cannot be written again: call ``truncate`` first, as a resumed run does. Of several
+    processes, only the first writes; the others have the same rows and keep them to themselves.
     """
 
     def __init__(self, path: str | os.PathLike[str], sinks: Iterable[Sink] = ()):
         self.path = Path(path)
         self.sinks = tuple(sinks)
+        self._last: int | None = None
+        self._file = None
+        if not processes.is_first():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(self.path)
         self._last = rows[-1]["step"] if rows else None
@@ -51,8 +57,9 @@ class MetricsWriter:
             raise ValueError(f"{self.path}: row of step {step} after that of step {self._last}; expected a later step")
         row = {name: _number(name, value) for name, value in values.items()}
         try:
-            self._file.write(json.dumps({"step": step, **row}) + "\n")
-            self._file.flush()
+            if self._file is not None:
+                self._file.write(json.dumps({"step": step, **row}) + "\n")
+                self._file.flush()
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         self._last = step
@@ -62,6 +69,9 @@ class MetricsWriter:
 
     def truncate(self, last_step: int | None) -> None:
         """Keeps the rows up to ``last_step`` (None: no row) and drops a torn last line."""
+        if self._file is None:
+            self._last = last_step
+            return
         kept = [row for row in read_metrics(self.path) if last_step is not None and row["step"] <= last_step]
         self._file.close()
         draft = self.path.with_name(f".{self.path.name}.tmp")
@@ -79,6 +89,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Forces the rows to the disk; a checkpoint must not outlive the rows before it."""
+        if self._file is None:
+            return
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -86,7 +98,8 @@ class MetricsWriter:
             raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for sink in self.sinks:
             sink.close()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+from rlhf_jax import processes
 
 
 class StopRequested(Exception):
@@ -13,26 +16,39 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or SIGINT only sets ``requested``; a second SIGINT interrupts at once.
+    """While entered, the first SIGTERM or SIGINT asks for a stop; a second SIGINT interrupts at once.
 
+    Of several processes any one may be asked, and all find ``requested`` true after the same ``poll``: JAX's own
+    service takes SIGTERM there and agrees on the point, so that nobody waits for the others at every step.
     Signals reach the main thread alone; elsewhere nothing is installed, and ``request`` still works.
     """
 
     def __init__(self):
         self.requested = False
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def request(self) -> None:
-        self.requested = True
+        """As a signal would."""
+        if processes.count() == 1:
+            self.requested = True
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def poll(self) -> bool:
+        """``requested`` as of now. Of several processes, all poll at the same points of the program."""
+        if processes.count() > 1 and processes.asked_to_stop():
+            self.requested = True
+        return self.requested
 
     def check(self) -> None:
         """Call it every few seconds of long work; raises ``StopRequested``."""
-        if self.requested:
+        if self.poll():
             raise StopRequested
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,):
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -42,6 +58,7 @@ class StopSignal:
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.requested or self._interrupted):
             raise KeyboardInterrupt
-        self.requested = True
+        self._interrupted = True
+        self.request()
