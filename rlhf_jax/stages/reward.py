@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.data.pipelines import MixedBatches, one_pass, shuffled_batches
 from rlhf_jax.data.tables import ranking_table
@@ -17,6 +16,7 @@ from rlhf_jax.evaluation.estimates import Estimate
 from rlhf_jax.evaluation.preferences import pair_accuracy_by_prompt, score_rankings
 from rlhf_jax.models import ScalarModel, init_params
 from rlhf_jax.objectives.reward import RewardModel, normalise_scores
+from rlhf_jax.sharding import fetch
 from rlhf_jax.stages.language import check_length, check_weights
 from rlhf_jax.stages.normalising import (
     ReferenceSamples,
@@ -136,7 +136,7 @@ def ranking_accuracy(
 ) -> Estimate:
     """Share of held-out pairs that the model orders as people did, with an interval over prompts."""
     scores, ranks = score_rankings(
-        lambda tokens, lengths: np.asarray(score_sequences(model, params, tokens, lengths)),
+        lambda tokens, lengths: fetch(score_sequences(model, params, tokens, lengths)),
         workspace.stoppable(itertools.chain.from_iterable(one_pass(table, batch) for table in tables)),
     )
     return pair_accuracy_by_prompt(scores, ranks)
