@@ -147,7 +147,7 @@ class MoE(nn.Module):
             balance = routing.balance_loss(load, probs)
         z = routing.z_loss(routed.logits, real)
         return {
-            "loss": (self.balance_coef * balance + self.z_coef * z).astype(jnp.float32),
+            "loss": self.balance_coef * balance + self.z_coef * z,
             "moe/balance": balance,
             "moe/z": z,
             "moe/entropy": routing.entropy(routed.probs, real),

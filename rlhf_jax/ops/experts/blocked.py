@@ -88,17 +88,19 @@ def _each_group(of_group: Callable[..., Any], carry: Any, sizes: Int[Array, " X"
 def _walk(tile: Callable[..., Any], carry: Any, begin: Array, end: Array, rows: int, ladder: tuple[int, ...]) -> Any:
     """``carry = tile(carry, first row, length, fits)`` over the rows from ``begin`` to ``end``.
 
-    Each loop below is over the tiles of one length; those but the first run once or not at all. Where ``fits`` is False
-    the tile would reach behind the last row of all.
+    Each loop is over the tiles of one length; those but the first run once or not at all. Where ``fits`` is False the
+    tile may reach behind the last row of all.
     """
     lengths = tuple(length for length in ladder if length < rows) or (rows,)
     longest = lengths[-1]
 
-    def loop(state, wanted: Callable[[Array, Array], Array], length: int, fits: bool):
+    def loop(state, length: int, shorter: int, fits: bool):
         def go(state):
-            at = state[0]
-            inside = at + length <= rows
-            return (at < end) & (inside if fits else ~inside) & wanted(at, end - at)
+            at, rest = state[0], end - state[0]
+            wanted = rest > shorter
+            if fits:
+                wanted &= at + length <= rows
+            return wanted if length == longest else wanted & (rest <= length)
 
         def step(state):
             at, carry = state
@@ -106,11 +108,12 @@ def _walk(tile: Callable[..., Any], carry: Any, begin: Array, end: Array, rows: 
 
         return lax.while_loop(go, step, state)
 
-    state = loop((begin, carry), lambda at, rest: rest >= longest, longest, True)
-    for length in lengths:
-        state = loop(state, lambda at, rest, length=length: rest <= length, length, True)
-    state = loop(state, lambda at, rest: jnp.ones((), bool), longest, False)
-    return state[1]
+    state = (begin, carry)
+    if longest < rows:
+        for length, shorter in zip(reversed(lengths), (*reversed(lengths[:-1]), 0), strict=True):
+            state = loop(state, length, shorter, True)
+    # What is left begins where no tile fits.
+    return loop(state, longest, 0, False)[1]
 
 
 def _put(out: Float[Array, "M N"], values: Float[Array, "L N"], at: Array, fits: bool) -> Float[Array, "M N"]:
