@@ -23,7 +23,7 @@ from rlhf_jax.models import (
     init_params,
 )
 from rlhf_jax.models.layers import Shared, Style
-from rlhf_jax.models.mixers.sparse import Fixed, Parallel, Strided
+from rlhf_jax.models.mixers import Fixed, Parallel, Strided
 from rlhf_jax.models.positions import NTK, ALiBi, DynamicNTK
 from rlhf_jax.ops.attention import Mask, Rule
 from rlhf_jax.sampling import Sampling, sample

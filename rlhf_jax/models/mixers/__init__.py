@@ -8,7 +8,8 @@ from rlhf_jax.models.mixers.attention import Attention
 from rlhf_jax.models.mixers.flash import FLASH
 from rlhf_jax.models.mixers.gated import Constant, Count, Length, Rotary, SoftmaxPlus, Toeplitz
 from rlhf_jax.models.mixers.gau import GAU
-from rlhf_jax.models.mixers.sparse import Fixed, Parallel, Strided
+from rlhf_jax.models.mixers.parallel import Parallel
+from rlhf_jax.models.mixers.sparse import Fixed, Strided
 
 __all__ = [
     "Attention",

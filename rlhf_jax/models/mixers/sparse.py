@@ -7,28 +7,20 @@ choice for text). Layers get their patterns by ``Transformer(pattern=...)``, the
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rlhf_jax.models.layers import RMSNorm, Shared, parameter, product
+from rlhf_jax.models.layers import Shared, Style
 from rlhf_jax.models.mixers.caches import Kept
-from rlhf_jax.models.positions import ALiBi, Position, RoPE
+from rlhf_jax.models.mixers.heads import Heads, case_of, groups_of, merged, named, part, project, terms_of, width_of
 from rlhf_jax.ops import sparse
-from rlhf_jax.ops.attention import (
-    Mask,
-    Terms,
-    alibi_slopes,
-    check_implementation,
-    decode_attention,
-    merge,
-    partial_attention,
-)
+from rlhf_jax.ops.attention import Case, Mask, Terms, choose, decode_attention, merge, partial_attention
+from rlhf_jax.ops.attention.decode import choose_decoder
 from rlhf_jax.types import Context, PyTree
 
 
-class Strided(nn.Module):
+class Strided(Heads, nn.Module):
     """Attention to every ``stride``-th token of the past: ``T / stride`` keys a query.
 
     The cache keeps all keys, since each will be seen again, and decoding reads ``T / stride`` of them.
@@ -50,35 +42,41 @@ class Strided(nn.Module):
     implementation: str = "auto"
 
     def __post_init__(self):
-        _check_heads(self)
+        self.check_heads()
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1 (every token), got {self.stride}")
         super().__post_init__()
 
-    def check(self, d_model: int) -> None:
-        """Refuse a model width that the heads do not divide."""
-        _width(self, d_model)
-
-    def check_position(self, position: Position | None, d_model: int) -> None:
-        """Refuse a way of knowing positions that does not fit the heads."""
-        _check_position(self, position, d_model)
-
     def empty_cache(self, rows: int, slots: int, d_model: int, dtype) -> PyTree:
         """Keys and values by residue class of their positions, [B, stride, K, T / stride, D], and who is there."""
         classes = min(self.stride, slots)
-        shape = (rows, classes, _groups(self), -(-slots // classes), _width(self, d_model))
+        shape = (rows, classes, groups_of(self), -(-slots // classes), width_of(self, d_model))
         return {
             "keys": jnp.zeros(shape, dtype),
             "values": jnp.zeros(shape, dtype),
             "segments": jnp.zeros((rows, classes, shape[3]), jnp.int32),
         }
 
+    def plan(
+        self, rows: int, length: int, d_model: int, style: Style, platform: str, device: str, packed: bool = False
+    ) -> dict[str, str]:
+        """The implementation that each use of this layer gets; arguments and errors as in ``Attention.plan``."""
+        classes = min(self.stride, length)
+        each = -(-length // classes)
+        whole = part(case_of(self, d_model, style, platform, device), rows * classes, each, each)
+        one = part(whole, rows, 1, each, lse=False)
+        return {
+            "training": choose(self.implementation, part(whole, rows * classes, each, each, aligned=not packed)),
+            "prefill": choose(self.implementation, whole),
+            "decode": choose_decoder(self.implementation, one),
+        }
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], shared: Shared, cache: PyTree | None = None
     ) -> tuple[Float[Array, "B T E"], PyTree | None]:
-        q, k, v = _project(self, x, shared)
-        terms = _terms(self, q.shape[-1], shared)
+        q, k, v = project(self, x, shared)
+        terms = terms_of(self, q.shape[-1], shared)
         if cache is None:
             mixed = sparse.strided_attention(
                 q, k, v, shared.queries, terms, stride=self.stride, implementation=self.implementation
@@ -86,7 +84,7 @@ class Strided(nn.Module):
         else:
             cache = self._entered(cache, k, v, shared.queries)
             mixed = self._from_cache(q, cache, shared.queries, terms)
-        return _merged(self, mixed, x.shape[-1], shared), cache
+        return merged(self, mixed, x.shape[-1], shared), cache
 
     def _entered(self, cache: PyTree, k, v, context: Context) -> PyTree:
         """The cache with the new tokens in it, each where its position belongs."""
@@ -126,7 +124,7 @@ class Strided(nn.Module):
         return sparse.from_residues(out, classes, length)
 
 
-class Fixed(nn.Module):
+class Fixed(Heads, nn.Module):
     """Attention to the own block of positions, and to the last ``columns`` positions of every earlier block.
 
     The cache keeps the running block and the summary columns: ``block + columns * T / block`` tokens.
@@ -147,34 +145,61 @@ class Fixed(nn.Module):
     implementation: str = "auto"
 
     def __post_init__(self):
-        _check_heads(self)
+        self.check_heads()
         if self.block < 1:
             raise ValueError(f"block must be at least 1 (the token itself), got {self.block}")
         if not 1 <= self.columns <= self.block:
             raise ValueError(f"columns must be between 1 and block {self.block}, got {self.columns}")
         super().__post_init__()
 
-    def check(self, d_model: int) -> None:
-        """Refuse a model width that the heads do not divide."""
-        _width(self, d_model)
-
-    def check_position(self, position: Position | None, d_model: int) -> None:
-        """Refuse a way of knowing positions that does not fit the heads."""
-        _check_position(self, position, d_model)
-
     def empty_cache(self, rows: int, slots: int, d_model: int, dtype) -> PyTree:
         """The running block, slot ``position % block``, and behind it the columns of all blocks."""
+        shape = (groups_of(self), width_of(self, d_model))
+        return Kept.empty(rows, self._kept(slots), dtype, keys=shape, values=shape)
+
+    def _kept(self, slots: int) -> int:
+        """Tokens that the cache of so many slots keeps: the running block, and the columns of all blocks."""
         blocks = (slots + self.columns - 1) // self.block  # those of which a column exists
-        kept = self.block + blocks * self.columns if blocks else slots
-        shape = (_groups(self), _width(self, d_model))
-        return Kept.empty(rows, kept, dtype, keys=shape, values=shape)
+        return self.block + blocks * self.columns if blocks else slots
+
+    def plan(
+        self, rows: int, length: int, d_model: int, style: Style, platform: str, device: str, packed: bool = False
+    ) -> dict[str, str]:
+        """The implementations that each use of this layer gets; arguments and errors as in ``Attention.plan``.
+
+        Training attends to the own block and to the columns of earlier ones, a prefill also to the running block.
+        """
+        case, kept = case_of(self, d_model, style, platform, device), self._kept(length)
+        block = min(self.block, length)
+        tiles = -(-length // block)
+        alone = part(case, rows * tiles, block, block, window=self.block)
+        # Blocks that begin anywhere lie in two tiles.
+        across = part(alone, rows * tiles, block, block * min(tiles, 2))
+        summaries = sparse.most_summaries(length, self.block, self.columns)
+        training = {"its own block": across if packed else alone}
+        if summaries > 0:
+            training["columns"] = part(case, rows, length, summaries, causal=False)
+        prefill = {"its own block": across}
+        prefill["the running block"] = part(case, rows, length, min(self.block, kept), window=self.block)
+        if kept > self.block:
+            prefill["columns"] = part(case, rows, length, kept - self.block, causal=False)
+        decode = part(case, rows, 1, kept, lse=False)
+
+        def chosen(parts: dict[str, Case]) -> str:
+            return named({what: choose(self.implementation, each) for what, each in parts.items()})
+
+        return {
+            "training": chosen(training),
+            "prefill": chosen(prefill),
+            "decode": choose_decoder(self.implementation, decode),
+        }
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], shared: Shared, cache: PyTree | None = None
     ) -> tuple[Float[Array, "B T E"], PyTree | None]:
-        q, k, v = _project(self, x, shared)
-        terms = _terms(self, q.shape[-1], shared)
+        q, k, v = project(self, x, shared)
+        terms = terms_of(self, q.shape[-1], shared)
         if cache is None:
             mixed = sparse.fixed_attention(
                 q, k, v, shared.queries, terms,
@@ -187,7 +212,7 @@ class Fixed(nn.Module):
             written = self._entered(cache, k, v, shared.queries)
             mixed = self._chunk(q, k, v, cache, written, shared.queries, terms)
             cache = written
-        return _merged(self, mixed, x.shape[-1], shared), cache
+        return merged(self, mixed, x.shape[-1], shared), cache
 
     def _entered(self, cache: Kept, k, v, context: Context) -> Kept:
         """The cache with the new tokens in the running block, and the columns among them also behind it."""
@@ -221,111 +246,7 @@ class Fixed(nn.Module):
         return merge(parts)
 
 
-class Parallel(nn.Module):
-    """Several mixers on the same input, their outputs added: the heads of one layer divided among patterns.
-
-    A head's output and its part of the output projection are added to those of the other heads in any case, so
-    ``Parallel((Attention(4, head_dim=32, window=64), Strided(4, 64, head_dim=32)))`` is one layer of 8 heads, half of
-    them local. Give each part its ``head_dim``: the default divides the width of the model by the heads of that part.
-    """
-
-    mixers: tuple[nn.Module, ...]
-
-    def __post_init__(self):
-        if not self.mixers:
-            raise ValueError("Parallel has no mixers; give it at least one")
-        super().__post_init__()
-
-    def check(self, d_model: int) -> None:
-        """Refuse what one of the mixers refuses."""
-        for mixer in self.mixers:
-            mixer.check(d_model)
-
-    def check_position(self, position: Position | None, d_model: int) -> None:
-        """Refuse what one of the mixers refuses."""
-        for mixer in self.mixers:
-            mixer.check_position(position, d_model)
-
-    def empty_cache(self, rows: int, slots: int, d_model: int, dtype) -> PyTree:
-        """The states of the mixers."""
-        return tuple(mixer.empty_cache(rows, slots, d_model, dtype) for mixer in self.mixers)
-
-    def __call__(
-        self, x: Float[Array, "B T E"], shared: Shared, cache: PyTree | None = None
-    ) -> tuple[Float[Array, "B T E"], PyTree | None]:
-        states = (None,) * len(self.mixers) if cache is None else cache
-        total, written = jnp.zeros_like(x), []
-        for mixer, state in zip(self.mixers, states, strict=True):
-            y, state = mixer(x, shared, state)
-            total = total + y
-            written.append(state)
-        return total, (None if cache is None else tuple(written))
-
-
 def _slots(kept: Kept, chosen: slice):
     """Keys, values [B, S, K, D] and places of some slots."""
     keys, values = (jnp.swapaxes(kept.contents[name][:, :, chosen], 1, 2) for name in ("keys", "values"))
     return keys, values, Context(kept.positions[:, chosen], kept.segments[:, chosen])
-
-
-def _check_heads(mixer: Strided | Fixed) -> None:
-    if mixer.heads < 1 or _groups(mixer) < 1:
-        raise ValueError(f"attention needs at least one head, got heads={mixer.heads}, kv_heads={mixer.kv_heads}")
-    if mixer.heads % _groups(mixer):
-        raise ValueError(f"{mixer.heads} query heads are not a multiple of {_groups(mixer)} key/value heads")
-    check_implementation(mixer.implementation)
-
-
-def _groups(mixer: Strided | Fixed) -> int:
-    """Number of key/value heads."""
-    return mixer.heads if mixer.kv_heads is None else mixer.kv_heads
-
-
-def _width(mixer: Strided | Fixed, d_model: int) -> int:
-    """Width of a head in a model of this width."""
-    if mixer.head_dim is not None:
-        return mixer.head_dim
-    if d_model % mixer.heads:
-        raise ValueError(f"d_model {d_model} is not a multiple of {mixer.heads} heads; set head_dim")
-    return d_model // mixer.heads
-
-
-def _check_position(mixer: Strided | Fixed, position: Position | None, d_model: int) -> None:
-    if not isinstance(position, RoPE):
-        return
-    position.check(_width(mixer, d_model))
-    if position.by_query:
-        raise ValueError(
-            f"dynamic NTK turns each key anew for each query, which {type(mixer).__name__} does not; take "
-            "RoPE(scaling=NTK(...)) or YaRN"
-        )
-
-
-def _terms(mixer: Strided | Fixed, width: int, shared: Shared) -> Terms:
-    slopes = alibi_slopes(mixer.heads) if isinstance(shared.style.position, ALiBi) else None
-    return Terms(scale=width**-0.5, slopes=slopes)
-
-
-def _project(mixer: Strided | Fixed, x, shared: Shared) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, H, D], keys and values [B, T, K, D], rotated to their positions."""
-    style, positions, groups = shared.style, shared.queries.positions, _groups(mixer)
-    per_group, width = mixer.heads // groups, _width(mixer, x.shape[-1])
-    shape, axes = (groups, per_group + 2, width), ("kv_heads", None, "head_dim")
-    kernel = parameter(mixer, "qkv", (x.shape[-1], *shape), ("embed", *axes), style.init_std, style)
-    parts = jnp.split(product(x, kernel), (per_group, per_group + 1), axis=3)
-    counts = (mixer.heads, groups, groups)
-    q, k, v = (part.reshape(*x.shape[:2], n, width) for part, n in zip(parts, counts, strict=True))
-    if mixer.qk_norm:
-        q = RMSNorm(name="query_norm", parent=mixer)(q, style)
-        k = RMSNorm(name="key_norm", parent=mixer)(k, style)
-    if isinstance(style.position, RoPE):
-        q, k = style.position.rotate(q, positions), style.position.rotate(k, positions)
-    return q, k, v
-
-
-def _merged(mixer: Strided | Fixed, mixed, d_model: int, shared: Shared):
-    """Project the heads' outputs back into the residual stream."""
-    style, (heads, width) = shared.style, mixed.shape[2:]
-    axes = ("heads", "head_dim", "embed")
-    kernel = parameter(mixer, "out", (heads, width, d_model), axes, style.residual_std, style)
-    return product(mixed.reshape(*mixed.shape[:2], -1), kernel.reshape(-1, d_model))
