@@ -94,6 +94,7 @@ ENTRY %main (x.1: f32[8,16]) -> f32[8,16] {
   %loop = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) while(%start), condition=%condition, body=%body LOOP
   %s = f32[2,16]{1,0} reduce-scatter(%g.1), channel_id=3, replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add
   %p = bf16[2,16]{1,0} collective-permute(%s), channel_id=4, source_target_pairs={{0,2},{2,0}}
+  %last = f32[4,8,16]{2,1,0} dynamic-update-slice(%kept.1, %p, %zero)
   ROOT %end = f32[8,16]{1,0} get-tuple-element(%loop), index=1
 }
 """
@@ -111,8 +112,9 @@ def test_counts_of_a_program_by_hand(loop):
     assert (by_kind["collective-permute"].group, by_kind["collective-permute"].sent) == ((0, 2), 2 * 16 * 2)
     # In each round: dot 512 + 1024 + 512, all-reduce 1024, the fusion reads and writes one row of the kept ones.
     rounds = 4 * (2048 + 1024 + (512 + 4) + 512)
-    # Around: all-gather's pair of 256 + 512, broadcast 4 + 2048, reduce-scatter 512 + 128, permute 128 + 64, compare 4.
-    assert found.bytes == rounds + 768 + 2052 + 640 + 192 + 4 * (1 + 4 + 4)
+    # Around: all-gather's pair of 256 + 512, broadcast 4 + 2048, reduce-scatter 512 + 128, permute 128 + 64, compare 9 in
+    # each round, and 64 of the last update read and written.
+    assert found.bytes == rounds + 768 + 2052 + 640 + 192 + 4 * (1 + 4 + 4) + 2 * 64
 
 
 def test_a_loop_that_does_not_say_takes_the_callers_number():
@@ -142,6 +144,14 @@ def test_a_convolution_counts_where_its_window_lies_on_entries():
 }
 """
     assert counts.count(hlo.parse(text), 1).flops == 2 * 3 * 6 * 5 * 4
+    # An ordinary one of width 3 over 5 entries, padded by one on either side: 2 + 3 + 3 + 3 + 2 products.
+    text = """ENTRY %main (a: f32[5,3,5]) -> f32[5,3,6] {
+  %a = f32[5,3,5]{2,1,0} parameter(0)
+  %k = f32[3,5,6]{2,1,0} constant({...})
+  ROOT %c = f32[5,3,6]{2,1,0} convolution(%a, %k), window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert counts.count(hlo.parse(text), 1).flops == 2 * 3 * 6 * 5 * 13
 
 
 def collectives_of_a_program() -> list[list]:
@@ -152,7 +162,7 @@ def collectives_of_a_program() -> list[list]:
 
     def each(x):
         def body(_, x):
-            return jax.lax.psum(x, "a") * 0.1
+            return jax.lax.psum(jnp.sin(jax.lax.psum(x, "a")), "a")
 
         x = jax.lax.fori_loop(0, 3, body, x)
         whole = jax.lax.all_gather(x, "b", tiled=True)
@@ -169,6 +179,7 @@ def test_collectives_of_a_compiled_program():
     shard = 8 * 8 * 4
     assert run_on(8, "test_planning", "collectives_of_a_program").value == [
         ["all-gather", [0, 1], 2 * shard, 1],
+        ["all-reduce", [0, 2, 4, 6], shard, 3],
         ["all-reduce", [0, 2, 4, 6], shard, 3],
         ["collective-permute", [0, 2], shard, 1],
         ["reduce-scatter", [0, 1], 2 * shard, 1],
