@@ -120,18 +120,29 @@ def failures(entries: Sequence[Entry]) -> Iterator[Text]:
 
 def refusals(entries: Sequence[Entry]) -> Iterator[Text]:
     """Who refused what, and why."""
-    reasons: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    reasons: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         for reason in entry.refusals:
-            reasons.setdefault((entry.subject, reason), set()).add((entry.dtype, entry.law))
-    for (name, reason), refused in reasons.items():
-        asked = {(entry.dtype, entry.law) for entry in entries if entry.subject == name}
-        whole = [dtype for dtype in dict.fromkeys(dtype for dtype, _ in sorted(asked))
-                 if {each for each in asked if each[0] == dtype} <= refused]  # fmt: skip
-        others = dict.fromkeys(entry.law for entry in entries
-                               if (entry.dtype, entry.law) in refused and entry.dtype not in whole)  # fmt: skip
-        where = "everything" if refused == asked else ", ".join([*(f"everything in {each}" for each in whole), *others])
-        yield Text(f"{name} refused {where}: {reason}", style="dim")
+            reasons.setdefault(entry.subject, {}).setdefault(reason, []).append(entry)
+    for name, by_reason in reasons.items():
+        asked = [entry for entry in entries if entry.subject == name]
+        most = max(by_reason, key=lambda reason: len(by_reason[reason]))
+        for reason, refused in sorted(by_reason.items(), key=lambda each: each[0] == most):
+            if len(refused) == len(asked):
+                where = "everything"
+            elif reason == most and not any(entry.measured for entry in asked):
+                where = "everything else"
+            else:
+                where = ", ".join(_places(refused, asked))
+            yield Text(f"{name} refused {where}: {reason}", style="dim")
+
+
+def _places(refused: Sequence[Entry], asked: Sequence[Entry]) -> Iterator[str]:
+    """Dtypes in which everything that was asked was refused, and what else was."""
+    count = Counter(entry.dtype for entry in refused)
+    whole = [dtype for dtype, number in Counter(entry.dtype for entry in asked).items() if count[dtype] == number]
+    yield from (f"everything in {dtype}" for dtype in whole)
+    yield from dict.fromkeys(entry.law for entry in refused if entry.dtype not in whole)
 
 
 def _without_nan(value):
