@@ -34,11 +34,14 @@ class Kernel:
         name: how the table calls it: implementation, pass, head width, what is special.
         target: ``H200`` or ``TPU``.
         build: the function and its arguments as ``jax.ShapeDtypeStruct`` (any pytrees), made when it is compiled.
+        mesh: sizes of mesh axes (``ops.meshes.AXES``) to compile it for, its arguments cut along rows and tokens; none
+            for one device.
     """
 
     name: str
     target: str
     build: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+    mesh: tuple[tuple[str, int], ...] = ()
 
 
 def gated(target: str) -> tuple[Kernel, ...]:
@@ -204,6 +207,36 @@ def grouped(target: str) -> tuple[Kernel, ...]:
     )
 
 
+def on_meshes(implementation: str, target: str, *meshes: dict[str, int]) -> tuple[Kernel, ...]:
+    """Softmax attention of packed rows on several devices, forward and backward, keys gathered and in a ring."""
+
+    def spread(across: str):
+        def build():
+            from rlhf_jax.ops.attention import Mask, attention
+            from rlhf_jax.types import Context
+
+            settings = {"scale": 0.1, "implementation": implementation, "across": across}
+
+            def both(q, k, v, context, cotangent):
+                mask = Mask.ranges(context, context)
+                out, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, mask, **settings), q, k, v)
+                return out, pull_back(cotangent)
+
+            rows, length, heads, kv_heads, width = 8, 4096, 8, 2, 128
+            numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+            q, k = (jax.ShapeDtypeStruct((rows, length, n, width), jnp.bfloat16) for n in (heads, kv_heads))
+            return both, (q, k, k, Context(numbers, numbers), q)
+
+        return build
+
+    def name(mesh: dict[str, int], across: str) -> str:
+        way = f" {across}" if "context" in mesh else ""
+        return f"{implementation} on {' x '.join(f'{axis}={size}' for axis, size in mesh.items())}{way}"
+
+    wanted = [(mesh, across) for mesh in meshes for across in (("gather", "ring") if "context" in mesh else ("auto",))]
+    return tuple(Kernel(name(*each), target, spread(each[1]), tuple(each[0].items())) for each in wanted)
+
+
 CASES: tuple[Kernel, ...] = (
     *gated(H200),
     *gated(TPU),
@@ -215,4 +248,6 @@ CASES: tuple[Kernel, ...] = (
     *decoding("decode_tpu", TPU, (64, 128, 256)),
     *grouped(H200),
     *grouped(TPU),
+    *on_meshes("hopper", H200, {"fsdp": 2, "tensor": 4}, {"context": 4, "tensor": 2}),
+    *on_meshes("tpu", TPU, {"fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}),
 )

@@ -42,6 +42,8 @@ device_description_str: "NVIDIA H200"
 CHILD = "RLHF_JAX_KERNELS_COMPILE"
 XLAS_OWN = re.compile("fusion|^wrapped_|^sort_")
 TPU_SLICE = "v5p:2x2x1"
+GPUS = 8
+"""Of one machine, for programs on a mesh."""
 SETTINGS = {
     H200: {
         "CUDA_VISIBLE_DEVICES": "-1",
@@ -93,7 +95,7 @@ def compile_all(target: str, kernels: list[Kernel]) -> int:
     for kernel in kernels:
         started = time.monotonic()
         try:
-            parts = compile_one(kernel, topology)
+            parts = compile_one(kernel, topology_of(target, GPUS) if kernel.mesh else topology)
         except Exception as error:
             print(f"{kernel.name:58} FAILED: {type(error).__name__}: {str(error)[:2000]}", flush=True)
             bad += 1
@@ -110,12 +112,12 @@ def compile_all(target: str, kernels: list[Kernel]) -> int:
     return 1 if bad else 0
 
 
-def topology_of(target: str):
-    """The description of the device that JAX compiles for."""
+def topology_of(target: str, gpus: int = 1):
+    """The description of the devices that JAX compiles for; a TPU's is of a whole slice."""
     from jax.experimental import topologies
 
     if target == H200:
-        return topologies.get_topology_desc(platform="cuda", target_config=H200_DESCRIPTION, topology="1x1x1")
+        return topologies.get_topology_desc(platform="cuda", target_config=H200_DESCRIPTION, topology=f"1x{gpus}x1")
     return topologies.get_topology_desc(platform="tpu", topology_name=TPU_SLICE)
 
 
@@ -124,11 +126,23 @@ def compile_one(kernel: Kernel, topology) -> list[Compiled]:
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from rlhf_jax.ops.meshes import token_spec
+    from rlhf_jax.sharding import Layout
+
     function, arguments = kernel.build()
-    place = NamedSharding(Mesh(topology.devices[:1], ("one",)), PartitionSpec())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    if kernel.mesh:
+        mesh = Layout(**dict(kernel.mesh)).mesh(topology.devices)
+        lowering = jax.set_mesh(mesh)
+    else:
+        mesh, lowering = Mesh(topology.devices[:1], ("one",)), target_device(kernel.target)
+
+    def placed(x):
+        spec = token_spec(mesh, x.shape) if kernel.mesh else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    arguments = jax.tree.map(placed, arguments)
     with tempfile.TemporaryDirectory() as folder, captured() as log:
-        with target_device(kernel.target):
+        with lowering:
             lowered = jax.jit(function).lower(*arguments)
         if kernel.target == TPU:
             lowered.compile()

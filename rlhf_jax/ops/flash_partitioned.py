@@ -74,11 +74,11 @@ def attend(
     count, length, width = tokens[-1].shape
     cuts = Cuts.of(mesh, count, length, length, 1, 1, width)
     axis = cuts.queries
-    if axis is not None and length // ways(mesh, axis) % chunk:
+    if cuts.queries_apart and length // ways(mesh, axis) % chunk:
         axis = None
 
     def one_device(tokens, context, divisor, bias):
-        if axis is None:
+        if axis is None or not cuts.queries_apart:
             return rows(tokens, context, divisor, bias)
         part = Part(axis, ways(mesh, axis), chunk)
         if context.packed:
@@ -108,7 +108,7 @@ def continued(
     """``flash_attention_chunks`` in parts of rows and widths; ``here`` is one device's, with the same arguments."""
     count, _, width = tokens[-1].shape
     cuts = Cuts.of(mesh, count, 1, 1, 1, 1, width)
-    rows, wide = P(cuts.rows), P(cuts.rows, None, cuts.values)
+    rows, wide = P(cuts.rows), P(cuts.rows, None, cuts.values)  # whole rows also where devices share them
     return jax.shard_map(
         here,
         mesh=mesh,
@@ -154,7 +154,7 @@ def _packed(rows: Callable, part: Part, tokens: Tokens, context: Context, diviso
     goes_on = mine[:, -1] & (last[:, 0] < 0)
     far = _far_before(part, tokens, mine, goes_on)
     q_global, v = tokens[2], tokens[4]
-    reaches = (segments != 0) & (begins < -chunk)
+    reaches = (segments != 0) & (begins < 0)
     query = jnp.where(reaches[..., None], q_global, 0.0).astype(v.dtype)
     read = jnp.einsum("btd,bde->bte", query, far.astype(v.dtype), preferred_element_type=far.dtype)
     return (near + read).astype(v.dtype)
