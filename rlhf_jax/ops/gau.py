@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.ops import gau_blocked, gau_reference
 from rlhf_jax.ops.attention.masks import Mask
-from rlhf_jax.ops.attention.partitioned import Cuts, gathered, gathered_keys
+from rlhf_jax.ops.attention.partitioned import Cuts
 from rlhf_jax.ops.attention.terms import CannotServe, unproven
 from rlhf_jax.ops.gau_terms import GauCase, Laplace, Relu2, Score
 from rlhf_jax.ops.kernels import hopper_gau, tpu_gau
@@ -96,11 +96,7 @@ def _partitioned(here: Callable[..., jax.Array], mesh: Any, q, k, v, mask: Mask)
     cuts = Cuts.of(mesh, q.shape[0], q.shape[1], k.shape[1], 1, 1, v.shape[2])
 
     def one_device(q, k, v, mask: Mask, divisor, bias):
-        if cuts.keys is not None:
-            k, v, mask = gathered(k, cuts.keys), gathered(v, cuts.keys), gathered_keys(mask, cuts.keys)
-        if cuts.queries is not None:
-            mask = mask.replace(aligned=False)  # pyright: ignore[reportAttributeAccessIssue]
-        return here(q, k, v, mask, divisor, bias)
+        return here(q, *cuts.with_all_keys(k, v, mask), divisor, bias)
 
     queries, keys = P(cuts.rows, cuts.queries), P(cuts.rows, cuts.keys)
     return jax.shard_map(

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from rlhf_jax.ops.attention import ring
 from rlhf_jax.ops.attention.masks import Mask
 from rlhf_jax.ops.attention.terms import Terms
-from rlhf_jax.ops.meshes import CONTEXT, TENSOR, token_spec, ways
+from rlhf_jax.ops.meshes import TENSOR, token_spec, ways
 
 ACROSS = ("auto", "gather", "ring")
 """How keys reach queries on other devices; "auto" gathers up to ``LARGEST_GATHERED``."""
@@ -50,10 +50,13 @@ def check_across(name: str) -> None:
 class Cuts:
     """Which mesh axes each dimension of one attention is cut over; None is whole.
 
+    An axis of one device cuts nothing and is named all the same: what lies over no axis has its gradient summed over
+    it.
+
     Args:
         rows: axes of B.
         queries: axis of T.
-        keys: axis of S; only where T is cut too.
+        keys: axis of S; only where T has it too.
         heads: axis of H.
         kv_heads: axis of K. Where it is None and ``heads`` is not, devices pick the key heads of their query heads.
         values: axis of Dv.
@@ -70,19 +73,29 @@ class Cuts:
 
     @classmethod
     def of(cls, mesh: Any, rows: int, length: int, slots: int, heads: int, kv_heads: int, value_width: int) -> Cuts:
-        """The cuts of these sizes. A dimension over axes of one device each counts as whole."""
+        """The cuts of these sizes."""
         by_row, queries = token_spec(mesh, (rows, length))
-        tensor, context = ways(mesh, TENSOR), ways(mesh, CONTEXT)
-        apart = tensor > 1 and heads % tensor == 0
+        tensor = ways(mesh, TENSOR)
+        by_head = heads % tensor == 0
         return cls(
             rows=by_row,
-            queries=queries if context > 1 else None,
-            keys=CONTEXT if context > 1 and queries is not None and slots % context == 0 else None,
-            heads=TENSOR if apart else None,
-            kv_heads=TENSOR if apart and kv_heads % tensor == 0 else None,
-            values=TENSOR if tensor > 1 and heads == 1 and value_width % tensor == 0 else None,
+            queries=queries,
+            keys=queries if slots % ways(mesh, queries) == 0 else None,
+            heads=TENSOR if by_head else None,
+            kv_heads=TENSOR if by_head and kv_heads % tensor == 0 else None,
+            values=TENSOR if heads == 1 and not by_head and value_width % tensor == 0 else None,
             mesh=mesh,
         )
+
+    @property
+    def ring(self) -> str | None:
+        """The axis along which devices hold other keys of the same rows; None where each holds all."""
+        return self.keys if ways(self.mesh, self.keys) > 1 else None
+
+    @property
+    def queries_apart(self) -> bool:
+        """Whether devices hold other queries of the same rows."""
+        return ways(self.mesh, self.queries) > 1
 
     def mask(self, mask: Mask) -> Mask:
         """Where each array of a mask lies: the mask with specs in their place."""
@@ -103,13 +116,27 @@ class Cuts:
         chosen = (first + jnp.arange(here) * (heads // here)) // readers
         return jnp.take(x, chosen, axis=axis, mode="clip")
 
-    def by_ring(self, across: str, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    def with_all_keys(
+        self, k: Float[Array, "B s ..."], v: Float[Array, "B s ..."], mask: Mask
+    ) -> tuple[Float[Array, "B S ..."], Float[Array, "B S ..."], Mask]:
+        """The keys and values of this device's whole rows, and the mask of its queries over them."""
+
+        def whole(x):
+            return x if self.ring is None else jax.lax.all_gather(x, self.ring, axis=1, tiled=True)
+
+        mask = mask.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            key_positions=whole(mask.key_positions),
+            key_segments=whole(mask.key_segments),
+            aligned=mask.aligned and not self.queries_apart,
+        )
+        return whole(k), whole(v), mask
+
+    def by_ring(self, across: str, k: jax.Array, v: jax.Array) -> bool:
         """Whether keys travel, rather than being gathered; of one device's arrays."""
         check_across(across)
         if across != "auto":
             return across == "ring"
-        gathered = (k.size * k.dtype.itemsize + v.size * v.dtype.itemsize) * ways(self.mesh, self.keys)
-        return gathered > LARGEST_GATHERED
+        return (k.nbytes + v.nbytes) * ways(self.mesh, self.keys) > LARGEST_GATHERED
 
 
 def attend(
@@ -141,14 +168,12 @@ def attend(
 
     def one_device(q, k, v, mask: Mask, terms: Terms):
         k, v = cuts.own_heads(k, q.shape[2]), cuts.own_heads(v, q.shape[2])
-        if cuts.keys is not None and cuts.by_ring(across, q, k, v):
-            size = ways(mesh, cuts.keys)
+        if cuts.ring is not None and cuts.by_ring(across, k, v):
+            size = ways(mesh, cuts.ring)
             part = partial(here, lse=True)
-            return ring.attend(ring.Ring(part, cuts.keys, size, ring.steps(mask, size)), q, k, v, mask, terms)
-        if cuts.keys is not None:
-            k, v = gathered(k, cuts.keys), gathered(v, cuts.keys)
-            mask = gathered_keys(mask, cuts.keys)
-        return here(q, k, v, mask if cuts.queries is None else _unaligned(mask), terms, lse)
+            return ring.attend(ring.Ring(part, cuts.ring, size, ring.steps(mask, size)), q, k, v, mask, terms)
+        k, v, mask = cuts.with_all_keys(k, v, mask)
+        return here(q, k, v, mask, terms, lse)
 
     keys = P(cuts.rows, cuts.keys, cuts.kv_heads, None)
     return jax.shard_map(
@@ -190,20 +215,3 @@ def decode(
         out_specs=P(cuts.rows, cuts.heads, cuts.values),
         check_vma=False,
     )(q, keys, values, mask, terms)  # fmt: skip
-
-
-def gathered(x: Float[Array, "B s ..."], axis: str) -> Float[Array, "B S ..."]:
-    """The tokens of whole rows from the parts that devices hold."""
-    return jax.lax.all_gather(x, axis, axis=1, tiled=True)
-
-
-def gathered_keys(mask: Mask, axis: str) -> Mask:
-    """The mask of these queries over the keys of whole rows."""
-    return mask.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        key_positions=gathered(mask.key_positions, axis), key_segments=gathered(mask.key_segments, axis)
-    )
-
-
-def _unaligned(mask: Mask) -> Mask:
-    """The keys are not, or not only, the tokens of these queries."""
-    return mask.replace(aligned=False)  # pyright: ignore[reportAttributeAccessIssue]
