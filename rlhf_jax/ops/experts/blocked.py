@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.ops.kernels.grouped_schedule import GroupedCase
 
-LADDER = (32, 64, 96, 128, 192, 256)
+LADDER = (32, 64, 96, 128, 160, 192, 224, 256)
 """Lengths of tiles of rows; whole ones have the last."""
-OUTER_LADDER = (64, 128, 256, 512, 1024)
-"""The same where rows are summed over: each tile adds to a whole matrix, so long ones cost less."""
+OUTER_LADDER = (32, 64, 96, 128, 160, 192, 256, 384, 512, 1024)
+"""The same where rows are summed over: adding to a whole matrix costs as much as many rows, so tiles are long."""
+OUTER_REST = (256, 1024)
+"""Of tiles that add to what a first one has written."""
 
 
 def refusal(case: GroupedCase) -> str | None:
@@ -59,20 +61,29 @@ def grouped_matmul(
 def grouped_outer(x: Float[Array, "M K"], dy: Float[Array, "M N"], sizes: Int[Array, " X"]) -> Float[Array, "X K N"]:
     """``x' dy`` over the rows of each group; 0 for empty groups."""
     rows, wide = x.shape[0], jnp.promote_types(x.dtype, jnp.float32)
-    shape = (x.shape[1], dy.shape[1])
+    longest = _lengths(OUTER_LADDER, rows)[-1]
 
     def of_group(out, group, begin, end):
-        def tile(total, at, length: int, fits: bool):
+        def product(at, length: int, fits: bool):
             start = at if fits else jnp.minimum(at, rows - length)
             row = start + jnp.arange(length)[:, None]
             own = (row >= at) & (row < end)
             left, right = (jnp.where(own, lax.dynamic_slice_in_dim(each, start, length), 0) for each in (x, dy))
-            return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+            return lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
-        total = _walk(tile, jnp.zeros(shape, wide), begin, end, rows, OUTER_LADDER)
-        return lax.dynamic_update_index_in_dim(out, total.astype(x.dtype), group, 0)
+        def write(out, at, length: int, fits: bool):
+            return lax.dynamic_update_index_in_dim(out, product(at, length, fits), group, 0)
 
-    return _each_group(of_group, jnp.zeros((sizes.shape[0], *shape), x.dtype), sizes)
+        def add(out, at, length: int, fits: bool):
+            total = lax.dynamic_index_in_dim(out, group, keepdims=False) + product(at, length, fits)
+            return lax.dynamic_update_index_in_dim(out, total, group, 0)
+
+        first = jnp.minimum(begin + longest, end)  # one tile
+        out = _walk(write, out, begin, first, rows, OUTER_LADDER)
+        return out if longest == rows else _walk(add, out, first, end, rows, OUTER_REST)
+
+    out = jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), wide)
+    return _each_group(of_group, out, sizes).astype(x.dtype)
 
 
 def _each_group(of_group: Callable[..., Any], carry: Any, sizes: Int[Array, " X"]) -> Any:
@@ -91,7 +102,7 @@ def _walk(tile: Callable[..., Any], carry: Any, begin: Array, end: Array, rows: 
     Each loop is over the tiles of one length; those but the first run once or not at all. Where ``fits`` is False the
     tile may reach behind the last row of all.
     """
-    lengths = tuple(length for length in ladder if length < rows) or (rows,)
+    lengths = _lengths(ladder, rows)
     longest = lengths[-1]
 
     def loop(state, length: int, shorter: int, fits: bool):
@@ -114,6 +125,10 @@ def _walk(tile: Callable[..., Any], carry: Any, begin: Array, end: Array, rows: 
             state = loop(state, length, shorter, True)
     # What is left begins where no tile fits.
     return loop(state, longest, 0, False)[1]
+
+
+def _lengths(ladder: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    return tuple(length for length in ladder if length < rows) or (rows,)
 
 
 def _put(out: Float[Array, "M N"], values: Float[Array, "L N"], at: Array, fits: bool) -> Float[Array, "M N"]:
