@@ -38,6 +38,7 @@ class Sampling:
             and log-probabilities are those of the unmodified distribution.
         stop_tokens: tokens that end a response as EOS does; like EOS they are part of it.
         samples_per_prompt: responses to each prompt, which share its prefill.
+        record_routing: keep the experts that each token was sent to, for ``PolicyOptimization(replay=True)``.
     """
 
     max_new_tokens: int
@@ -48,6 +49,7 @@ class Sampling:
     greedy: bool = False
     stop_tokens: tuple[int, ...] = ()
     samples_per_prompt: int = 1
+    record_routing: bool = False
 
     def __post_init__(self):
         self._require("max_new_tokens", self.max_new_tokens >= 1, "an integer of at least 1", integer=True)
@@ -87,6 +89,7 @@ class _Decoding:
     length: Int[Array, "B"]
     tokens: Int[Array, "B N"]
     logprobs: Float[Array, "B N"]
+    routing: Int[Array, "layers B N k"] | None
 
 
 def sample(
@@ -138,6 +141,9 @@ def _check(model: Transformer, prompts: PromptBatch, sampling: Sampling, eos_id:
                 f"{name}={token}", at="sampling", expected=f"a token id below vocab_size={model.vocab_size}",
                 fix="use the tokenizer that the model was built for",
             )  # fmt: skip
+    if sampling.record_routing and model.routed_layers == 0:
+        raise UserError("record_routing=True", at="sampling", expected="a model with mixtures of experts",
+                        fix="leave it out: there is no routing to record")  # fmt: skip
     lengths = prompts.lengths
     if isinstance(lengths, np.ndarray) and lengths.size and not 1 <= lengths.min() <= lengths.max() <= width:
         row = int(np.argmax((lengths < 1) | (lengths > width)))
@@ -158,8 +164,9 @@ def _sample(
     pad_id: int,
 ) -> Rollout:
     copies, params = sampling.samples_per_prompt, split_rounds(model, params)
-    logits, cache = _prefill(model, params, prompts)
+    logits, cache, read = _prefill(model, params, prompts, sampling)
     logits = jnp.repeat(logits, copies, axis=0)
+    read = None if read is None else jnp.repeat(read, copies, axis=1)
     prompts = constrain_rows(jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), prompts))
     rows = prompts.tokens.shape[0]
     keys = jax.vmap(lambda index, number: jax.random.fold_in(jax.random.fold_in(key, index), number))(
@@ -180,27 +187,33 @@ def _sample(
 
     def decode(state: _Decoding) -> _Decoding:
         context = Context((prompts.lengths + state.step - 1)[:, None], (~state.finished).astype(jnp.int32)[:, None])
-        logits, cache, _ = _apply(model, params, state.token[:, None], context, state.cache)
-        return append(replace(state, cache=cache), logits[:, 0])
+        logits, cache, aux = _apply(model, params, state.token[:, None], context, state.cache)
+        routing = state.routing
+        if routing is not None:
+            routing = jax.lax.dynamic_update_slice_in_dim(routing, aux["moe/experts"], state.step - 1, axis=2)
+        return append(replace(state, cache=cache, routing=routing), logits[:, 0])
 
     width = prompts.tokens.shape[1]
     # Whole eights of slots, as decode kernels copy them.
     slots = min(-(-(width + sampling.max_new_tokens - 1) // 8) * 8, model.max_length)
-    state = append(_start(_resized(model, cache, rows, slots), rows, sampling), logits)
+    state = append(_start(_resized(model, cache, rows, slots), rows, sampling, read), logits)
     state = jax.lax.while_loop(
         lambda state: (state.step < sampling.max_new_tokens) & ~jnp.all(state.finished), decode, state
     )
-    return _rollout(prompts, state, policy_step, pad_id, 1.0 if sampling.greedy else sampling.temperature)
+    return _rollout(prompts, state, policy_step, pad_id, 1.0 if sampling.greedy else sampling.temperature, read)
 
 
-def _prefill(model: Transformer, params: PyTree, prompts: PromptBatch) -> tuple[Float[Array, "B V"], Cache]:
-    """Read each prompt once: the logits after its last token, and a cache of just the prompts' width."""
+def _prefill(
+    model: Transformer, params: PyTree, prompts: PromptBatch, sampling: Sampling
+) -> tuple[Float[Array, "B V"], Cache, Int[Array, "layers B P k"] | None]:
+    """Read each prompt once: the logits after its last token, a cache of just the prompts' width, and the routing."""
     rows, width = prompts.tokens.shape
     context = Context.of_lengths(prompts.lengths, width)
     cache = constrain_rows(empty_cache(model, rows, width))
-    hidden, cache, _ = _apply(model, params, prompts.tokens, context, cache, method="hidden")
+    hidden, cache, aux = _apply(model, params, prompts.tokens, context, cache, method="hidden")
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _apply(model, params, last, method="unembed"), cache
+    logits = _apply(model, params, last, method="unembed")
+    return logits, cache, aux["moe/experts"] if sampling.record_routing else None
 
 
 def _apply(model: Transformer, params: PyTree, *inputs: Any, method: str = "__call__") -> Any:
@@ -224,7 +237,13 @@ def _resized(model: Transformer, cache: Cache, rows: int, slots: int) -> Cache:
     return constrain_rows(jax.tree.map(fit, cache, twice, empty_cache(model, rows, slots)))
 
 
-def _start(cache: Cache, rows: int, sampling: Sampling) -> _Decoding:
+def _start(cache: Cache, rows: int, sampling: Sampling, read: Int[Array, "layers B P k"] | None) -> _Decoding:
+    routing = None
+    if read is not None:
+        # The last token of a response is never read, so its experts are never chosen: any will do.
+        layers, _, _, k = read.shape
+        shape = (layers, rows, sampling.max_new_tokens, k)
+        routing = jnp.broadcast_to(jnp.arange(k, dtype=read.dtype), shape)
     zeros = jnp.zeros((rows,), jnp.int32)
     return _Decoding(
         cache=cache,
@@ -234,6 +253,7 @@ def _start(cache: Cache, rows: int, sampling: Sampling) -> _Decoding:
         length=zeros,
         tokens=jnp.zeros((rows, sampling.max_new_tokens), jnp.int32),
         logprobs=jnp.zeros((rows, sampling.max_new_tokens), jnp.float32),
+        routing=routing,
     )
 
 
@@ -267,7 +287,12 @@ def _invert(cumulative: Float[Array, "B M"], uniform: Float[Array, "B"]) -> Int[
 
 
 def _rollout(
-    prompts: PromptBatch, state: _Decoding, policy_step: Int[Array, ""], pad_id: int, temperature: float
+    prompts: PromptBatch,
+    state: _Decoding,
+    policy_step: Int[Array, ""],
+    pad_id: int,
+    temperature: float,
+    read: Int[Array, "layers B P k"] | None,
 ) -> Rollout:
     """Close the gap between each prompt and its response."""
     width, new = prompts.tokens.shape[1], state.tokens.shape[1]
@@ -276,6 +301,10 @@ def _rollout(
     source = jnp.where(number < 0, slots, jnp.minimum(width + number, width + new - 1))
     tokens = jnp.take_along_axis(jnp.concatenate([prompts.tokens, state.tokens], axis=1), source, axis=1)
     mask = jnp.arange(new)[None, :] < state.length[:, None]
+    routing = None
+    if read is not None and state.routing is not None:
+        parts = jnp.concatenate([read, state.routing], axis=2)
+        routing = jnp.take_along_axis(parts, source[None, :, :, None], axis=2).swapaxes(0, 1)
     return Rollout(
         tokens=jnp.where(number < state.length[:, None], tokens, pad_id).astype(jnp.int32),
         prompt_lengths=prompts.lengths,
@@ -284,5 +313,6 @@ def _rollout(
         finished=state.finished,
         index=prompts.index,
         policy_step=policy_step,
+        routing=routing,
         temperature=temperature,
     )

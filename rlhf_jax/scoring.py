@@ -6,18 +6,62 @@ the same temperature and filters. Only the states of the response are unembedded
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.models import Aux, ScalarModel, Transformer
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Context, Key, PyTree, Rollout
 
 LOGITS_AT_A_TIME = 2**26
 """Elements of the largest logits array (256 MiB in fp32) unless the caller chooses a chunk."""
+
+
+class ScoredResponses(NamedTuple):
+    """What a forward pass says about responses: as ``response_logprobs``, and the layers' reports."""
+
+    logprobs: Float[Array, "B N"]
+    entropy: Float[Array, "B N"] | None
+    aux: Aux
+
+
+def score_responses(
+    model: Transformer,
+    params: PyTree,
+    rollout: Rollout,
+    sampling: Sampling,
+    *,
+    entropy: bool = True,
+    chunk: int | None = None,
+    dropout_key: Key | None = None,
+    replay: bool = False,
+) -> ScoredResponses:
+    """``response_logprobs`` with what the layers report.
+
+    Args:
+        replay: send each token to the experts that the rollout recorded, instead of choosing them again.
+
+    The other arguments are those of ``response_logprobs``.
+    """
+    routing = recorded_routing(rollout) if replay else None
+    hidden, _, aux = _apply(
+        model, params, rollout.tokens, rollout.context, dropout_key=dropout_key, method="hidden", routing=routing
+    )
+    before = _response_slots(rollout) - 1
+    logprobs, entropies = token_logprobs(
+        jnp.take_along_axis(hidden, before[:, :, None], axis=1),
+        lambda states: _apply(model, params, states, method="unembed"),
+        jnp.take_along_axis(rollout.tokens, before + 1, axis=1),
+        chunk=max(1, LOGITS_AT_A_TIME // model.vocab_size) if chunk is None else chunk,
+        entropy=entropy,
+        transform=sampling.filter,
+    )
+    mask = rollout.response_mask
+    entropies = None if entropies is None else jnp.where(mask, entropies, 0.0)
+    return ScoredResponses(jnp.where(mask, logprobs, 0.0), entropies, aux)
 
 
 def response_logprobs(
@@ -45,27 +89,24 @@ def response_logprobs(
         chunk: positions to unembed at a time, see ``ops.logprobs``; None for as many as ``LOGITS_AT_A_TIME`` allows.
         dropout_key: switches dropout on.
     """
-    hidden, _, _ = _apply(model, params, rollout.tokens, rollout.context, dropout_key=dropout_key, method="hidden")
-    before = _response_slots(rollout) - 1
-    logprobs, entropies = token_logprobs(
-        jnp.take_along_axis(hidden, before[:, :, None], axis=1),
-        lambda states: _apply(model, params, states, method="unembed"),
-        jnp.take_along_axis(rollout.tokens, before + 1, axis=1),
-        chunk=max(1, LOGITS_AT_A_TIME // model.vocab_size) if chunk is None else chunk,
-        entropy=entropy,
-        transform=sampling.filter,
-    )
-    mask = rollout.response_mask
-    return jnp.where(mask, logprobs, 0.0), None if entropies is None else jnp.where(mask, entropies, 0.0)
+    scored = score_responses(model, params, rollout, sampling, entropy=entropy, chunk=chunk, dropout_key=dropout_key)
+    return scored.logprobs, scored.entropy
 
 
 def response_values(
     model: ScalarModel, params: PyTree, rollout: Rollout, *, dropout_key: Key | None = None
 ) -> Float[Array, "B N"]:
     """The value of the state before each response token (read at the token before it); 0 outside the response."""
-    values = _apply(model, params, rollout.tokens, rollout.context, dropout_key=dropout_key)
+    return report_values(model, params, rollout, dropout_key=dropout_key)[0]
+
+
+def report_values(
+    model: ScalarModel, params: PyTree, rollout: Rollout, *, dropout_key: Key | None = None
+) -> tuple[Float[Array, "B N"], Aux]:
+    """``response_values``, and what the layers report."""
+    values, aux = _apply(model, params, rollout.tokens, rollout.context, dropout_key=dropout_key, method="report")
     before = jnp.take_along_axis(values, _response_slots(rollout) - 1, axis=1)
-    return jnp.where(rollout.response_mask, before, 0.0)
+    return jnp.where(rollout.response_mask, before, 0.0), aux
 
 
 def sequence_scores(
@@ -81,11 +122,25 @@ def sequence_scores(
     return jnp.take_along_axis(values, (lengths - 1)[:, None], axis=1)[:, 0]
 
 
-def _apply(model: Any, params: PyTree, *inputs: Any, method: str = "__call__", dropout_key: Key | None = None) -> Any:
-    if dropout_key is None:
-        return model.apply({"params": params}, *inputs, method=method)
-    rngs = {"dropout": dropout_key}
-    return model.apply({"params": params}, *inputs, method=method, deterministic=False, rngs=rngs)
+def _apply(
+    model: Any,
+    params: PyTree,
+    *inputs: Any,
+    method: str = "__call__",
+    dropout_key: Key | None = None,
+    routing: Int[Array, "layers B T k"] | None = None,
+) -> Any:
+    named: dict[str, Any] = {} if routing is None else {"routing": routing}
+    if dropout_key is not None:
+        named |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
+    return model.apply({"params": params}, *inputs, method=method, **named)
+
+
+def recorded_routing(rollout: Rollout) -> Int[Array, "layers B T k"]:
+    """The experts that a rollout's tokens were sent to, as models take them."""
+    if rollout.routing is None:
+        raise ValueError("there is no routing to replay in this rollout; sample with Sampling(record_routing=True)")
+    return jnp.swapaxes(rollout.routing, 0, 1)
 
 
 def _response_slots(rollout: Rollout) -> Int[Array, "B N"]:

@@ -227,7 +227,7 @@ class Placement:
         def put(x: Any, sharding: NamedSharding) -> jax.Array:
             if isinstance(x, jax.Array):
                 return jax.device_put(x, sharding)
-            x = np.asarray(x)
+            x = x if hasattr(x, "shape") else np.asarray(x)  # gathered rows stay as they are until a device asks
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return jax.tree.map(put, tree, self.batch(tree))
@@ -256,6 +256,20 @@ def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     if shardings is None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def park(tree: PyTree) -> PyTree:
+    """The arrays in the host's memory, split as they were; programs cannot read them before ``wake``."""
+    return _moved(tree, "pinned_host")
+
+
+def wake(tree: PyTree) -> PyTree:
+    """Parked arrays back in the memory of their devices."""
+    return _moved(tree, "device")
+
+
+def _moved(tree: PyTree, kind: str) -> PyTree:
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -115,6 +115,8 @@ class Rollout:
     """Whether the row ended by itself (EOS or a stop token) rather than by the length limit."""
     index: Int[Array, "B"]
     policy_step: Int[Array, ""]
+    routing: Int[Array, "B layers T k"] | None = None
+    """The experts that each token was sent to, where ``Sampling.record_routing`` asked for them."""
     temperature: float = struct.field(pytree_node=False, default=1.0)
 
     @property

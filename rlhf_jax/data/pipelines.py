@@ -53,7 +53,12 @@ class BatchIterator(Generic[Batch]):
 
 
 def shuffled_batches(
-    tables: Sequence[Batch], batch_size: int, seed: int, *, weights: Sequence[float] | None = None
+    tables: Sequence[Batch],
+    batch_size: int,
+    seed: int,
+    *,
+    weights: Sequence[float] | None = None,
+    lazily: bool = False,
 ) -> BatchIterator[Batch]:
     """Endless batches of rows drawn from one table or a mixture of several.
 
@@ -62,6 +67,7 @@ def shuffled_batches(
         batch_size: rows of a batch, the same for ever.
         seed: of the order; every epoch of a table is another permutation.
         weights: the share of rows that each table gives; by default as many rows as it has.
+        lazily: columns of a batch are ``Rows``, so that each process gathers only what its devices need.
     """
     _check(tables, batch_size, weights, seed)
     sizes = [_rows(table) for table in tables]
@@ -75,7 +81,7 @@ def shuffled_batches(
     total = sum(shares)
     order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=[share / total for share in shares])
     batches = order.batch(batch_size, drop_remainder=True).map_with_index(
-        lambda number, rows: _gather(table, np.asarray(rows), number * batch_size))  # fmt: skip
+        lambda number, rows: _gather(table, np.asarray(rows), number * batch_size, lazily))  # fmt: skip
     identity = {"rows": sizes, "shares": shares, "batch_size": batch_size, "seed": seed, "contents": _checksum(table)}
     return BatchIterator(batches, identity)
 
@@ -151,9 +157,29 @@ class _Shuffled:
         return self._start + int(self._order[within])
 
 
-def _gather(table: Batch, rows: np.ndarray, first: int) -> Batch:
+class Rows:
+    """Rows of a column, ``[B, ...]``, that are gathered when they are asked for."""
+
+    def __init__(self, column: np.ndarray, rows: np.ndarray):
+        self._column, self._rows = column, rows
+        self.shape, self.dtype, self.ndim = (len(rows), *column.shape[1:]), column.dtype, column.ndim
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """One slice for each axis, as a device asks for its part."""
+        rows, *rest = index
+        return self._column[self._rows[rows]][:, *rest]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._column[self._rows], dtype)
+
+
+def _gather(table: Batch, rows: np.ndarray, first: int, lazily: bool) -> Batch:
     """The given rows; prompts are numbered by their place in the endless stream, so that no two share random keys."""
-    batch = dataclasses.replace(table, **{name: array[rows] for name, array in _arrays(table).items()})
+    columns = {name: Rows(array, rows) if lazily else array[rows] for name, array in _arrays(table).items()}
+    batch = dataclasses.replace(table, **columns)
     if isinstance(batch, PromptBatch):
         numbers = (first + np.arange(len(rows), dtype=np.int64)) % LARGEST_INDEX
         return dataclasses.replace(batch, index=numbers.astype(np.int32))

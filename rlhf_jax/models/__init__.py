@@ -8,7 +8,7 @@ from rlhf_jax.models.moe import MoE
 from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, count_params, init_params
 from rlhf_jax.models.plans import Plan, plan
 from rlhf_jax.models.positions import NTK, ALiBi, DynamicNTK, Learned, Linear, Llama3, RoPE, Sinusoidal, YaRN
-from rlhf_jax.models.transformer import Block, Transformer, empty_cache, split_rounds
+from rlhf_jax.models.transformer import Aux, Block, Transformer, empty_cache, split_rounds
 
 __all__ = [
     "FLASH",
@@ -17,6 +17,7 @@ __all__ = [
     "NTK",
     "ALiBi",
     "Attention",
+    "Aux",
     "Block",
     "DynamicNTK",
     "GeGLU",

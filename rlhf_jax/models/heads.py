@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.transformer import Aux, Transformer
 from rlhf_jax.types import Context
 
 HEAD_INITS = ("reward", "zero")
@@ -46,5 +46,11 @@ class ScalarModel(nn.Module):
         self, tokens: Int[Array, "B T"], context: Context, deterministic: bool = True
     ) -> Float[Array, "B T"]:
         """The head's output at each token, fp32."""
-        hidden, _, _ = self.trunk.hidden(tokens, context, deterministic=deterministic)
-        return self.head(hidden.astype(jnp.float32))[..., 0]
+        return self.report(tokens, context, deterministic)[0]
+
+    def report(
+        self, tokens: Int[Array, "B T"], context: Context, deterministic: bool = True
+    ) -> tuple[Float[Array, "B T"], Aux]:
+        """The same, and what the trunk's layers report about themselves."""
+        hidden, _, aux = self.trunk.hidden(tokens, context, deterministic=deterministic)
+        return self.head(hidden.astype(jnp.float32))[..., 0], aux

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.models import Transformer
+from rlhf_jax.objectives.mixture import conclude, routing_terms
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.types import Key, Metrics, PyTree, TokenBatch
 
@@ -64,7 +65,7 @@ class LanguageModel:
         tokens, context = batch.batch.tokens, batch.batch.context
         apply = cast(Callable[..., Any], functools.partial(self.model.apply, {"params": params}))
         dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
-        hidden, _, _ = apply(tokens, context, method="hidden", **dropout)
+        hidden, _, aux = apply(tokens, context, method="hidden", **dropout)
         # Each state predicts the token behind it; the last state meets the first token, whose weight is 0.
         targets, weights = jnp.roll(tokens, -1, axis=1), jnp.roll(batch.weights, -1, axis=1)
         logprobs, entropy = token_logprobs(
@@ -78,7 +79,12 @@ class LanguageModel:
         metrics = {f"{self.name}/loss": loss, f"{self.name}/tokens": jnp.sum(weights > 0).astype(jnp.float32)}
         if entropy is not None:
             metrics[f"{self.name}/entropy"] = jnp.sum(weights * entropy)
-        return loss, jax.lax.stop_gradient(metrics)
+        routed, routing_metrics = routing_terms(aux, batch.weights.sum(axis=1), context.segments > 0)
+        return loss + routed, jax.lax.stop_gradient(metrics) | routing_metrics
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update, see ``mixture.conclude``."""
+        return conclude(self.model, params, metrics)
 
 
 def predictable(batch: TokenBatch) -> Bool[Array, "B T"]:

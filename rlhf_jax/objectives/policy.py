@@ -15,15 +15,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.models import Aux, ScalarModel, Transformer
+from rlhf_jax.objectives.mixture import conclude, routing_terms
 from rlhf_jax.objectives.ppo import PPO, Experience
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.scoring import LOGITS_AT_A_TIME, response_logprobs, response_values
+from rlhf_jax.scoring import (
+    LOGITS_AT_A_TIME,
+    recorded_routing,
+    report_values,
+    response_logprobs,
+    response_values,
+    score_responses,
+)
 from rlhf_jax.sharding import Placement
 from rlhf_jax.types import Key, Metrics, PyTree, Rollout
 
-Evaluation = tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]
+Reports = dict[str, Aux]
+"""What the layers of each model report, by the prefix of the metrics that are made of it."""
+Evaluation = tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"], Reports]
 """Log-probabilities, entropies and values of a rollout's responses."""
 
 
@@ -56,12 +66,25 @@ class SeparateCritic:
         return response_values(self.critic, params["critic"], replace(rollout, response_mask=value_mask))
 
     def evaluate(
-        self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"], sampling: Sampling, chunk: int | None
+        self,
+        params: PyTree,
+        rollout: Rollout,
+        value_mask: Bool[Array, "B N"],
+        sampling: Sampling,
+        chunk: int | None,
+        replay: bool,
     ) -> Evaluation:
         """What the losses need, from one forward pass of each model."""
-        logprobs, entropy = response_logprobs(self.policy, params["policy"], rollout, sampling, chunk=chunk)
-        assert entropy is not None
-        return logprobs, entropy, self.values(params, rollout, value_mask)
+        scored = score_responses(self.policy, params["policy"], rollout, sampling, chunk=chunk, replay=replay)
+        assert scored.entropy is not None
+        values, aux = report_values(self.critic, params["critic"], replace(rollout, response_mask=value_mask))
+        return scored.logprobs, scored.entropy, values, {"": scored.aux, "critic/": aux}
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update, see ``mixture.conclude``."""
+        _, metrics = conclude(self.policy, params["policy"], metrics, frozen=True)
+        _, metrics = conclude(self.critic.trunk, params["critic"]["trunk"], metrics, prefix="critic/", frozen=True)
+        return params, metrics
 
 
 @dataclass(frozen=True)
@@ -92,11 +115,18 @@ class SharedCritic:
         return response_values(self.critic, params, replace(rollout, response_mask=value_mask))
 
     def evaluate(
-        self, params: PyTree, rollout: Rollout, value_mask: Bool[Array, "B N"], sampling: Sampling, chunk: int | None
+        self,
+        params: PyTree,
+        rollout: Rollout,
+        value_mask: Bool[Array, "B N"],
+        sampling: Sampling,
+        chunk: int | None,
+        replay: bool,
     ) -> Evaluation:
         """What the losses need, from one forward pass of the trunk."""
         apply = cast(Callable[..., Any], functools.partial(self.policy.apply, {"params": params["trunk"]}))
-        hidden, _, _ = apply(rollout.tokens, rollout.context, method="hidden")
+        routing = recorded_routing(rollout) if replay else None
+        hidden, _, aux = apply(rollout.tokens, rollout.context, method="hidden", routing=routing)
         slots = rollout.prompt_lengths[:, None] + jnp.arange(rollout.response_mask.shape[1])
         slots = jnp.minimum(slots, rollout.tokens.shape[1] - 1)
         before = jnp.take_along_axis(hidden, slots[:, :, None] - 1, axis=1)
@@ -111,7 +141,12 @@ class SharedCritic:
         values = nn.Dense(1).apply({"params": params["head"]}, before.astype(jnp.float32))
         assert isinstance(values, jax.Array)
         mask = rollout.response_mask
-        return jnp.where(mask, logprobs, 0), jnp.where(mask, entropy, 0), jnp.where(value_mask, values[..., 0], 0)
+        values = jnp.where(value_mask, values[..., 0], 0)
+        return jnp.where(mask, logprobs, 0), jnp.where(mask, entropy, 0), values, {"": aux}
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update, see ``mixture.conclude``."""
+        return params, conclude(self.policy, params["trunk"], metrics, frozen=True)[1]
 
 
 @dataclass(frozen=True)
@@ -124,6 +159,8 @@ class PolicyOptimization:
         sampling: how rollouts are drawn; log-probabilities are those of that distribution.
         rows: rollout rows that ``prepare`` puts through the models at a time; None takes all.
         chunk: positions to unembed at a time; None leaves it to ``scoring``.
+        replay: train with the experts that the rollout's tokens were sent to, instead of choosing them again; needs
+            ``Sampling(record_routing=True)`` (arXiv 2507.18071 calls it routing replay).
     """
 
     ppo: PPO
@@ -131,6 +168,7 @@ class PolicyOptimization:
     sampling: Sampling
     rows: int | None = None
     chunk: int | None = None
+    replay: bool = False
 
     def prepare(
         self,
@@ -167,12 +205,21 @@ class PolicyOptimization:
     def loss(self, params: PyTree, experience: Experience, key: Key | None = None) -> tuple[Float[Array, ""], Metrics]:
         """Policy loss plus ``value_coef`` times value loss, and the metrics of both. ``key`` is not used."""
         del key
-        logprobs, entropy, values = self.models.evaluate(
-            params, experience.rollout, experience.value_mask, self.sampling, self.chunk
+        logprobs, entropy, values, reports = self.models.evaluate(
+            params, experience.rollout, experience.value_mask, self.sampling, self.chunk, self.replay
         )
         policy_loss, policy_metrics = self.ppo.policy_loss(logprobs, entropy, experience)
         value_loss, value_metrics = self.ppo.value_loss(values, experience)
-        return policy_loss + self.ppo.value_coef * value_loss, {**policy_metrics, **value_metrics}
+        loss, metrics = policy_loss + self.ppo.value_coef * value_loss, {**policy_metrics, **value_metrics}
+        rows, real = experience.token_weights.sum(axis=1), experience.rollout.context.segments > 0
+        for prefix, aux in reports.items():
+            routed, found = routing_terms(aux, rows, real)
+            loss, metrics = loss + routed, metrics | {prefix + name: value for name, value in found.items()}
+        return loss, metrics
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update: the load of experts as numbers. Their biases stay, as the policy is what sampled."""
+        return self.models.conclude(params, metrics)
 
 
 def _by_rows(function: Callable[[Rollout], PyTree], rollout: Rollout, rows: int | None) -> PyTree:

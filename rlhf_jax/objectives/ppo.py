@@ -49,6 +49,7 @@ class Experience:
     weights: Float[Array, "B N"]
     value_weights: Float[Array, "B N"]
     token_weights: Float[Array, "B N"]
+    routing: Int[Array, "B layers T k"] | None = None
     temperature: float = struct.field(pytree_node=False, default=1.0)
 
     @property
@@ -62,6 +63,7 @@ class Experience:
             finished=self.finished,
             index=self.index,
             policy_step=jnp.max(self.policy_step),
+            routing=self.routing,
             temperature=self.temperature,
         )
 
@@ -212,6 +214,7 @@ class PPO:
             weights=unweighted,
             value_weights=unweighted,
             token_weights=unweighted,
+            routing=rollout.routing,
             temperature=rollout.temperature,
         )
         return jax.lax.stop_gradient(experience)

@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from rlhf_jax.objectives.language import LanguageModel, WeightedTokens
+from rlhf_jax.objectives.mixture import LOAD
 from rlhf_jax.objectives.policy import PolicyOptimization
 from rlhf_jax.objectives.ppo import Experience
 from rlhf_jax.types import Key, Metrics, PyTree, TokenBatch
@@ -75,7 +76,12 @@ class PtxMix:
         loss, metrics = self.reinforcement.loss(params, batch.experience, key)
         policy = self.reinforcement.models.policy_params(params)
         text_loss, text_metrics = self.language.loss(policy, _flat(batch.text), key)
-        return loss + self.coef * text_loss, {**metrics, **text_metrics}
+        loads = {name: metrics[name] + text_metrics[name] for name in (LOAD,) if name in text_metrics}
+        return loss + self.coef * text_loss, {**text_metrics, **metrics, **loads}
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update, see ``mixture.conclude``."""
+        return self.reinforcement.conclude(params, metrics)
 
 
 def _flat(text: PyTree) -> PyTree:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.models import ScalarModel
+from rlhf_jax.models import Aux, ScalarModel
+from rlhf_jax.objectives.mixture import conclude, routing_terms
 from rlhf_jax.ops.losses import pair_losses, ranking_pairs
 from rlhf_jax.types import Context, Key, Metrics, PyTree, RankingBatch
 
@@ -65,17 +66,36 @@ class RewardModel:
 
     def scores(self, params: PyTree, batch: RankingBatch, key: Key | None = None) -> Float[Array, "B K"]:
         """One score per response, from one forward pass each. ``key`` is for dropout; None switches that off."""
+        return self._scores(params, batch, key)[0]
+
+    def _scores(self, params: PyTree, batch: RankingBatch, key: Key | None) -> tuple[Float[Array, "B K"], Aux]:
         tokens, lengths = rearrange(batch.tokens, "B K T -> (B K) T"), rearrange(batch.lengths, "B K -> (B K)")
         apply = cast(Callable[..., Any], functools.partial(self.model.apply, {"params": params}))
         dropout = {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
-        outputs = apply(tokens, Context.of_lengths(lengths, tokens.shape[1]), **dropout)
+        outputs, aux = apply(tokens, Context.of_lengths(lengths, tokens.shape[1]), method="report", **dropout)
         last = jnp.maximum(lengths - 1, 0)[:, None]
         scores = jnp.take_along_axis(outputs, last, axis=1)[:, 0]
-        return rearrange(scores, "(B K) -> B K", K=batch.ranks.shape[1])
+        return rearrange(scores, "(B K) -> B K", K=batch.ranks.shape[1]), aux
 
     def loss(self, params: PyTree, batch: WeightedRankings, key: Key | None) -> tuple[Float[Array, ""], Metrics]:
         """The loss and its metrics, sums under the weights. A pair of equal scores counts as half right."""
-        return self.loss_of_scores(self.scores(params, batch.batch, key), batch)
+        scores, aux = self._scores(params, batch.batch, key)
+        loss, metrics = self.loss_of_scores(scores, batch)
+        routed, routing_metrics = routing_terms(aux, *self._rows(batch))
+        return loss + routed, metrics | routing_metrics
+
+    def _rows(self, batch: WeightedRankings) -> tuple[Float[Array, " BK"], Bool[Array, "BK T"]]:
+        """The weight of each response in a mean over responses, their prompts weighed as in the loss; real tokens."""
+        rankings, responses = batch.batch, batch.batch.ranks >= 0
+        prompt = batch.pair_weight * jnp.sum(ranking_pairs(rankings.ranks), axis=(1, 2))
+        weights = prompt[:, None] * responses / jnp.maximum(responses.sum(axis=1, keepdims=True), 1)
+        real = jnp.arange(rankings.tokens.shape[2]) < rankings.lengths[:, :, None]
+        return rearrange(weights, "B K -> (B K)"), rearrange(real, "B K T -> (B K) T")
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update, see ``mixture.conclude``."""
+        trunk, metrics = conclude(self.model.trunk, params["trunk"], metrics)
+        return {**params, "trunk": trunk}, metrics
 
     def loss_of_scores(self, scores: Float[Array, "B K"], batch: WeightedRankings) -> tuple[Float[Array, ""], Metrics]:
         """What ``loss`` computes after the model."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rlhf_jax.data.chat import LossOn
 from rlhf_jax.data.packing import Packed, TooLong
-from rlhf_jax.data.pipelines import one_pass, shuffled_batches
+from rlhf_jax.data.pipelines import one_pass
 from rlhf_jax.data.tables import demonstration_table, text_table
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.language import held_out
@@ -55,9 +55,7 @@ class Pretrain:
 
     def run(self, workspace: Workspace) -> None:
         tables = [text_rows(workspace, (source,), self.train.length, self.name) for source in self.data]
-        batches = shuffled_batches(
-            tables, self.train.batch, workspace.data_seed(self.name, "order"), weights=self.weights
-        )
+        batches = workspace.batches(self.name, "order", tables, self.train.batch, self.weights)
         heldout = text_rows(workspace, self.heldout, self.train.length, self.name) if self.heldout else None
         _train(self, workspace, batches, sum(len(table.tokens) for table in tables), heldout, "token")
 
@@ -120,7 +118,7 @@ class FineTune:
             texts = text_rows(workspace, self.pretraining, self.train.length, self.name)
             shares = [share * (1 - self.pretraining_share) / sum(shares) for share in shares] + [self.pretraining_share]
             tables.append(texts)
-        batches = shuffled_batches(tables, self.train.batch, workspace.data_seed(self.name, "order"), weights=shares)
+        batches = workspace.batches(self.name, "order", tables, self.train.batch, shares)
         heldout = self._table(workspace, self.heldout) if self.heldout else None
         _train(self, workspace, batches, sum(rows), heldout, self.mean)
 
@@ -154,7 +152,7 @@ def _train(
     objective = LanguageModel(model, name=stage.name, mean=mean)
     train_supervised(
         workspace, stage.name, stage.train, model, params, batches, stage.train.total_steps(rows),
-        loss=objective.loss, with_weights=objective.with_weights,
+        loss=objective.loss, with_weights=objective.with_weights, conclude=objective.conclude,
         evaluate=None if heldout is None else heldout_loss(workspace, heldout, stage.train.batch, stage.name),
     )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.pipelines import shuffled_batches
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ScalarModel, Transformer, init_params
 from rlhf_jax.objectives.language import LanguageModel
@@ -22,6 +20,7 @@ from rlhf_jax.objectives.ptx import PtxMix
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.sharding import Layout, Placement, fetch
 from rlhf_jax.stages.language import check_length, text_rows
+from rlhf_jax.stages.offloading import OFFLOADABLE, kept, rested, woken
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import Gold, Prompts, gold_rewards, read_prompts, response_texts, score_rollout
 from rlhf_jax.stages.samples import SampleLog
@@ -76,6 +75,10 @@ class Reinforce:
         gold: a reward to watch and not to train on.
         too_long: whether a prompt over ``prompt_length`` is an error or left out.
         rows_at_a_time: rollout rows in a forward pass without gradient; None takes all.
+        replay_routing: for mixtures of experts, see ``PolicyOptimization.replay``.
+        offload: what waits in the host's memory while it is not needed: ``reference`` and ``reward`` models, except
+            when they score a rollout, and the ``optimizer``'s state, except during updates. Each costs a transfer to
+            and fro in every iteration.
         sampling_layout: the mesh to sample on; None takes that of training, with its context axis added to the data
             axis, since a decode step has one token of each row. The policy moves between the two on the devices.
     """
@@ -98,6 +101,8 @@ class Reinforce:
     gold: Gold | None = None
     too_long: Literal["error", "drop"] = "error"
     rows_at_a_time: int | None = None
+    replay_routing: bool = False
+    offload: tuple[Literal["reference", "reward", "optimizer"], ...] = ()
     sampling_layout: Layout | None = None
     save_every: int = 20
     samples_every: int = 10
@@ -109,6 +114,14 @@ class Reinforce:
         if self.critic == "reward" and not isinstance(self.reward, str):
             raise UserError("critic='reward' without a reward model", at=self.name, fix="change critic",
                             expected="'policy' or 'shared' where the reward is plain Python")  # fmt: skip
+        if self.replay_routing and not self.sampling.record_routing:
+            raise UserError("replay_routing=True without recorded routing", at=self.name,
+                            expected="sampling=Sampling(record_routing=True)",
+                            fix="set it, or leave replay out")  # fmt: skip
+        for name in self.offload:
+            if name not in OFFLOADABLE:
+                raise UserError(f"offload={name!r}", at=self.name, expected=f"some of {', '.join(OFFLOADABLE)}",
+                                fix="correct it")  # fmt: skip
         for name in ("iterations", "prompts_per_iteration", "minibatch", "microbatches", "epochs", "save_every",
                      "samples_every", "prompt_length"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -156,30 +169,34 @@ class Reinforce:
         objective, params = self._objective(workspace, reference, scorer)
         optimizer = self.optimizer.build(self.updates)
         shardings = placement.state(optimizer, params, objective.models.placed(placement), ema)
+        state = init_state(params, optimizer, ema=ema, shardings=shardings)
+        ref_params = kept(reference.params, "reference" in self.offload)
+        judge = None if scorer is None else (scorer.model, kept(scorer.params, "reward" in self.offload))
+        del reference, scorer, params  # what was parked lies on the devices no more
         prompts = self._prompts(workspace)
         samples = SampleLog(folder / "samples.jsonl", self.samples_every)
         streams = {}
         if self.ptx is not None:
             texts = text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
             rows = self.minibatch * self.ptx.texts_per_episode
-            streams["text"] = shuffled_batches([texts], rows, workspace.data_seed(self.name, "text"))
+            streams["text"] = workspace.batches(self.name, "text", [texts], rows)
         program = Program(
             sample=self._sampler(workspace, objective.models),
-            score=self._scorer(workspace, scorer, prompts, samples),
-            prepare=_preparation(objective, reference.params, self.ppo),
+            score=self._scorer(workspace, judge, prompts, samples),
+            prepare=_preparation(objective, ref_params, self.ppo),
             batch=self._batches(objective, placement),
             update=self._update(objective, optimizer, shardings),
             control=lambda coef, metrics: self.ppo.kl.update(coef, metrics["kl/sequence"], self.rollout),
+            rest=rested if "optimizer" in self.offload else lambda state: state,
+            wake=woken if "optimizer" in self.offload else lambda state: state,
         )
         with MetricsWriter(folder / "metrics.jsonl", workspace.sinks(self.name)) as metrics:
             state = reinforce(
                 program,
                 Plan(iterations=self.iterations, minibatch=self.minibatch, epochs=self.epochs, streams=streams),
-                init_state(params, optimizer, ema=ema, shardings=shardings),
+                state,
                 self.ppo.kl.init(),
-                shuffled_batches(
-                    [prompts.table.rows], self.prompts_per_iteration, workspace.data_seed(self.name, "prompts")
-                ),
+                workspace.batches(self.name, "prompts", [prompts.table.rows], self.prompts_per_iteration),
                 key=workspace.key(self.name, "train"),
                 checkpoints=Checkpoints(folder / "checkpoints", every=self.save_every),
                 metrics=metrics,
@@ -221,7 +238,9 @@ class Reinforce:
             fresh = init_params(critic, workspace.key(self.name, "critic"), workspace.placement.params(critic))
             critic_params = {**fresh, "trunk": reference.params}
             models = SharedCritic(critic) if self.critic == "shared" else SeparateCritic(policy, critic)
-        objective = PolicyOptimization(self.ppo, models, self.sampling, rows=self.rows_at_a_time)
+        objective = PolicyOptimization(
+            self.ppo, models, self.sampling, rows=self.rows_at_a_time, replay=self.replay_routing
+        )
         return objective, models.join(reference.params, critic_params)
 
     def _sampler(self, workspace: Workspace, models: SeparateCritic | SharedCritic) -> Callable[..., Rollout]:
@@ -239,22 +258,27 @@ class Reinforce:
         return draw
 
     def _scorer(
-        self, workspace: Workspace, scorer: Output | None, prompts: Prompts, samples: SampleLog
+        self,
+        workspace: Workspace,
+        judge: tuple[Any, Callable[[], PyTree]] | None,
+        prompts: Prompts,
+        samples: SampleLog,
     ) -> Callable[[Rollout], tuple[np.ndarray, Mapping[str, float]]]:
-        """Scores of a rollout, and the gold reward where there is one to watch."""
+        """Scores of a rollout, by the reward model and its parameters if there is one, and the gold reward to watch."""
 
         def score(rollout: Rollout) -> tuple[np.ndarray, Mapping[str, float]]:
             iteration = 1 + int(rollout.policy_step) * self.iterations // self.updates
             logged = samples.due(iteration)
             texts, messages = [], []
-            if scorer is None or self.gold is not None or logged:
+            if judge is None or self.gold is not None or logged:
                 said = fetch(rollout)
                 texts, messages = response_texts(said, workspace.tokenizer), prompts.messages(said)
-            if scorer is None:
+            if judge is None:
                 assert isinstance(self.reward, Gold)
                 given = gold_rewards(self.reward, messages, texts).astype(np.float32)
             else:
-                given = fetch(score_rollout(scorer.model, scorer.params, rollout))
+                model, params = judge
+                given = fetch(score_rollout(model, params(), rollout))
             if logged:
                 samples.write(iteration, messages, texts, given.tolist())
             if self.gold is None:
@@ -276,8 +300,8 @@ class Reinforce:
     def _update(self, objective: PolicyOptimization, optimizer, shardings: PyTree):
         whole = objective if self.ptx is None else self._mix(objective)
         return make_train_step(
-            whole.loss, optimizer, with_weights=whole.with_weights, microbatches=self.microbatches,
-            ema_decay=self.ema_decay, state_shardings=shardings,
+            whole.loss, optimizer, with_weights=whole.with_weights, conclude=whole.conclude,
+            microbatches=self.microbatches, ema_decay=self.ema_decay, state_shardings=shardings,
         )  # fmt: skip
 
     def _mix(self, objective: PolicyOptimization) -> PtxMix:
@@ -286,16 +310,15 @@ class Reinforce:
         return PtxMix(objective, language, self.ptx.coef, self.ptx.texts_per_episode)
 
 
-def _preparation(objective: PolicyOptimization, ref_params: PyTree, ppo: PPO) -> Callable[..., Any]:
-    """One compiled program from rollout to experience and its metrics."""
+def _preparation(objective: PolicyOptimization, reference: Callable[[], PyTree], ppo: PPO) -> Callable[..., Any]:
+    """One compiled program from rollout to experience and its metrics; ``reference()`` gives the parameters."""
 
     @jax.jit
     def compiled(params: PyTree, ref_params: PyTree, rollout: Rollout, score, coef):
         experience = objective.prepare(params, ref_params, rollout, score, coef)
         return experience, ppo.rollout_metrics(experience)
 
-    return functools.partial(_with_reference, compiled, ref_params)
+    def prepare(params: PyTree, rollout: Rollout, score, coef):
+        return compiled(params, reference(), rollout, jnp.asarray(score), coef)
 
-
-def _with_reference(compiled, ref_params: PyTree, params: PyTree, rollout: Rollout, score, coef):
-    return compiled(params, ref_params, rollout, jnp.asarray(score), coef)
+    return prepare

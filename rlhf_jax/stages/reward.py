@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from rlhf_jax.data.pipelines import MixedBatches, one_pass, shuffled_batches
+from rlhf_jax.data.pipelines import MixedBatches, one_pass
 from rlhf_jax.data.tables import ranking_table
 from rlhf_jax.evaluation.estimates import Estimate
 from rlhf_jax.evaluation.preferences import pair_accuracy_by_prompt, score_rankings
@@ -100,15 +100,14 @@ class TrainReward:
         train_supervised(
             workspace, self.name, self.train, model, {**fresh, "trunk": base.trunk_params}, batches,
             self.train.total_steps(sum(len(table.tokens) for table in tables)),
-            loss=objective.loss, with_weights=objective.with_weights,
+            loss=objective.loss, with_weights=objective.with_weights, conclude=objective.conclude,
             evaluate=evaluate if heldout else None, finish=finish,
         )  # fmt: skip
 
     def _batches(self, workspace: Workspace, tables: list[RankingBatch]) -> Batches:
         """Each batch is of one source, so that pairs are not padded to the K of longer rankings."""
         streams = [
-            shuffled_batches([table], self.train.batch, workspace.data_seed(self.name, f"order {i}"))
-            for i, table in enumerate(tables)
+            workspace.batches(self.name, f"order {i}", [table], self.train.batch) for i, table in enumerate(tables)
         ]
         weights = [len(table.tokens) for table in tables] if self.weights is None else self.weights
         return streams[0] if len(streams) == 1 else MixedBatches(streams, weights)

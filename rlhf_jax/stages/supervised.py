@@ -16,7 +16,7 @@ from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Batches, train
 from rlhf_jax.training.metrics import MetricsWriter
 from rlhf_jax.training.step import Loss, init_state, make_train_step
-from rlhf_jax.types import PyTree
+from rlhf_jax.types import Metrics, PyTree
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def train_supervised(
     *,
     loss: Loss,
     with_weights: Callable[[Any], Any],
+    conclude: Callable[[PyTree, Metrics], tuple[PyTree, Metrics]],
     evaluate: Callable[[PyTree], Mapping[str, Any]] | None = None,
     finish: Callable[[PyTree], tuple[PyTree, dict[str, Any]]] | None = None,
 ) -> None:
@@ -45,8 +46,8 @@ def train_supervised(
     placement = workspace.placement
     shardings = placement.state(optimizer, params, placement.params(model), ema)
     step = make_train_step(
-        loss, optimizer, with_weights=with_weights, microbatches=training.microbatches, ema_decay=training.ema_decay,
-        state_shardings=shardings,
+        loss, optimizer, with_weights=with_weights, conclude=conclude, microbatches=training.microbatches,
+        ema_decay=training.ema_decay, state_shardings=shardings,
     )  # fmt: skip
     state = init_state(params, optimizer, ema=ema, shardings=shardings)
     with MetricsWriter(folder / "metrics.jsonl", workspace.sinks(stage)) as metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
-from rlhf_jax import config
+from rlhf_jax import config, processes
+from rlhf_jax.data.pipelines import BatchIterator, shuffled_batches
 from rlhf_jax.data.readers import Records
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import MISSING_INPUT, UserError
@@ -102,6 +103,18 @@ class Workspace:
     def data_seed(self, stage: str, role: str) -> int:
         """The same for what needs a Python integer, such as the order of the data."""
         return (self.seed * 1_000_003 + role_number(f"{stage}/{role}")) % 2**31
+
+    def batches(
+        self, stage: str, role: str, tables: Sequence[Any], batch: int, weights: Sequence[float] | None = None
+    ) -> BatchIterator[Any]:
+        """An endless shuffled stream of the tables' rows, in an order of its own for each role.
+
+        On a mesh, rows are gathered when a device asks for its part, so each process gathers no others.
+        """
+        seed, lazily = self.data_seed(stage, role), self.placement.mesh is not None
+        stream = shuffled_batches(tables, batch, seed, weights=weights, lazily=lazily)
+        processes.same(f"the data of {stage}", stream.get_state()["stream"])
+        return stream
 
     def once(self, what: Hashable, make: Callable[[], Item]) -> Item:
         """What ``make`` gives, kept under a name: data that is checked before the run is not read a second time."""

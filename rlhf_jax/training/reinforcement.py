@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlhf_jax.errors import DIVERGED, UserError
+from rlhf_jax.sharding import fetch
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.journal import Journal
 from rlhf_jax.training.loop import Batches
@@ -41,6 +42,8 @@ class Program:
         batch: ``(experience, rows, streams) -> minibatch``; takes rows, and adds text where there is some.
         update: one optimizer step on a minibatch.
         control: ``(controller, metrics) -> controller``, after the updates.
+        rest: ``(state) -> state`` before an iteration's sampling: puts away what only updates need.
+        wake: brings it back before the updates.
     """
 
     sample: Callable[[PyTree, PromptBatch, Key, Array], Rollout]
@@ -49,6 +52,8 @@ class Program:
     batch: Callable[[PyTree, np.ndarray, Mapping[str, Batches]], Any]
     update: TrainStep
     control: Callable[[PyTree, Metrics], PyTree]
+    rest: Callable[[TrainState], TrainState] = lambda state: state
+    wake: Callable[[TrainState], TrainState] = lambda state: state
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,12 @@ def _iterate(
     iteration: int,
 ) -> tuple[TrainState, PyTree, Row, int]:
     """One rollout and the updates on it; also returns the row of metrics and the number of sampled tokens."""
-    own = jax.random.fold_in(key, iteration)
+    own, state = jax.random.fold_in(key, iteration), program.rest(state)
     rollout = program.sample(state.params, next(streams["prompts"]), jax.random.fold_in(own, 0), state.step)
     score, score_metrics = program.score(rollout)
     _check_scores(score, rollout, iteration)
     experience, rollout_metrics = program.prepare(state.params, rollout, score, controller)
-    rows = rollout.tokens.shape[0]
+    rows, state = rollout.tokens.shape[0], program.wake(state)
     updates: list[Metrics] = []
     for epoch in range(plan.epochs):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(own, 1 + epoch), rows))
@@ -191,7 +196,7 @@ def _check_scores(score: Float[np.ndarray, " B"], rollout: Rollout, iteration: i
     """A score that is not a finite number never reaches the loss."""
     wrong = np.flatnonzero(~np.isfinite(score))
     if len(wrong):
-        index = int(np.asarray(rollout.index)[wrong[0]])
+        index = int(fetch(rollout.index)[wrong[0]])
         raise UserError(
             f"{len(wrong)} of {len(score)} scores are not finite, the first is {score[wrong[0]]} for prompt {index}",
             at=f"iteration {iteration}", expected="finite numbers", fix="look at the reward of that prompt's response",

@@ -42,6 +42,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     with_weights: Callable[[Any], Any] | None = None,
+    conclude: Callable[[PyTree, Metrics], tuple[PyTree, Metrics]] | None = None,
     microbatches: int = 1,
     ema_decay: float | None = None,
     state_shardings: PyTree | None = None,
@@ -52,6 +53,8 @@ def make_train_step(
         loss: the objective; differentiated in its first argument.
         optimizer: what ``Optimizer.build`` returns, or any optax transformation.
         with_weights: runs on the whole minibatch inside the program, before it is split; puts the weights in.
+        conclude: ``(parameters after the update, metrics) -> the same``: moves what is no business of the optimizer,
+            and makes numbers of metrics that are sums of arrays.
         microbatches: the minibatch is split into this many, whose losses, gradients and metrics are added up. Arrays
             of the batch share their leading axis, scalars go to every microbatch.
         ema_decay: keeps ``ema = decay * ema + (1 - decay) * params`` in float32 (InstructGPT: 0.992).
@@ -74,7 +77,7 @@ def make_train_step(
         value, metrics, grads = _accumulate(loss, state.params, split_batch(batch, microbatches), key, microbatches)
         norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        new = _updated(state, grads, optimizer, ema_decay)
+        new, metrics = _updated(state, grads, optimizer, ema_decay, conclude, metrics)
         metrics = {**metrics, "loss": value, "grad_norm": norm, "nonfinite": 1.0 - finite.astype(jnp.float32)}
         rate = optax.tree_utils.tree_get(new.opt_state, "learning_rate")
         if rate is not None:
@@ -128,14 +131,21 @@ def _accumulate(
 
 
 def _updated(
-    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, ema_decay: float | None
-) -> TrainState:
+    state: TrainState,
+    grads: PyTree,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None,
+    conclude: Callable[[PyTree, Metrics], tuple[PyTree, Metrics]] | None,
+    metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if conclude is not None:
+        params, metrics = conclude(params, metrics)
     ema = state.ema
     if ema_decay is not None:
         ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p.astype(e.dtype), ema, params)
-    return TrainState(state.step + 1, params, opt_state, ema)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
 def _select(keep_new: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
