@@ -2,6 +2,7 @@
 
     python benchmarks/mutations.py                  every break; about ten minutes on two cores
     python benchmarks/mutations.py --only window    those whose name contains a word
+    python benchmarks/mutations.py --record         write the table into results/mutations.md, too
 
 Each break is an exact replacement, which must fit once, in a copy of the package; the test that has to fail runs there
 and must have passed in the copy before. Exits with 1 if a break goes unnoticed.
@@ -24,6 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "mutations.md"
+CAUGHT = "caught"
 COPIED = ("rlhf_jax", "tests", "experiments", "pyproject.toml")
 LAW = "tests/test_attention_laws.py::test_implementations_keep_the_law[{}]"
 MIXER = "tests/test_attention_laws.py::test_mixers_keep_the_law[{}]"
@@ -31,7 +34,13 @@ MASKS, TERMS = "rlhf_jax/ops/attention/masks.py", "rlhf_jax/ops/attention/terms.
 TILES, BACKWARD = "rlhf_jax/ops/attention/blocked_tiles.py", "rlhf_jax/ops/attention/blocked_backward.py"
 FORWARD, CACHES = "rlhf_jax/ops/attention/blocked.py", "rlhf_jax/models/mixers/caches.py"
 FLASH, STATE = "rlhf_jax/ops/flash_blocked.py", "rlhf_jax/ops/flash_state.py"
-ATTENTION = "rlhf_jax/models/mixers/attention.py"
+ATTENTION, SPARSE = "rlhf_jax/models/mixers/attention.py", "rlhf_jax/models/mixers/sparse.py"
+REFERENCE, DECODE = "rlhf_jax/ops/attention/reference.py", "rlhf_jax/ops/attention/decode.py"
+GAU, GAU_REFERENCE = "rlhf_jax/ops/gau_blocked.py", "rlhf_jax/ops/gau_reference.py"
+GAU_MIXER = "rlhf_jax/models/mixers/gau.py"
+DECODING = "tests/test_attention_laws.py::test_decoding_keeps_the_law[{}]"
+GATED = "tests/test_attention_laws.py::test_gated_attention_keeps_the_law[{}]"
+CHUNKED = "tests/test_attention_laws.py::test_flash_keeps_the_law[{}]"
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,45 @@ MUTATIONS = (
     Mutation("exclusive sum over chunks made inclusive", FLASH,
              'return _next(state, k, v, keep), _product("btd,bde->bte", q, state)',
              'state = _next(state, k, v, keep)\n        return state, _product("btd,bde->bte", q, state)',
-             MIXER.format("FLASH-causality")),
+             CHUNKED.format("blocked-causality")),
     Mutation("chunks of packed documents run together", FLASH,
              "same = (own == document[:, None, :]) & (own != 0)", "same = (document[:, None, :] != 0) & (own != 0)",
              MIXER.format("FLASH-packing")),
     Mutation("a chunk taken up one token too early", STATE, "full = real & (slot == chunk - 1)",
              "full = real & (slot == chunk - 2)", MIXER.format("FLASH-prefill = decode")),
+    Mutation("state of packed documents read by the next", FLASH,
+             "readable = (document == open_before[..., None]) & (document != 0)", "readable = document != 0",
+             CHUNKED.format("blocked-packed")),
+    Mutation("open chunk taken up", FLASH, "slots < (lengths // chunk * chunk)[:, None]", "slots < lengths[:, None]",
+             MIXER.format("FLASH-prefill = decode")),
+    Mutation("gradient of the state dropped", FLASH, "return dq.astype(q.dtype), dk, dv, None, first",
+             "return dq.astype(q.dtype), dk, dv, None, jnp.zeros_like(first)", CHUNKED.format("blocked-state")),
+    Mutation("padding of the reference not zeroed", REFERENCE,
+             "k, v = (zero_where_padded(x, mask.key_segments) for x in (k, v))", "k, v = k, v",
+             LAW.format("reference-NaN in padding")),
+    Mutation("cotangents of padding not zeroed", REFERENCE, "out = zero_where_padded(out, mask.query_segments)",
+             "out = out + 0.0", LAW.format("reference-NaN in padding")),
+    Mutation("decoding one slot too many", DECODE, "values.swapaxes(1, 2), mask, terms",
+             "values.swapaxes(1, 2), mask.replace(start=mask.start - 1), terms", DECODING.format("packed window")),
+    Mutation("GAU loses its diagonal", GAU, "self.queries(mask.end, place)[:, None]",
+             "self.queries(mask.end, place)[:, None] - 1", GATED.format("blocked-packed window")),
+    Mutation("GAU sees the next token", GAU, "self.queries(mask.end, place)[:, None]",
+             "self.queries(mask.end, place)[:, None] + 1", GATED.format("blocked-causality")),
+    Mutation("GAU divided by one key too many", GAU, "[:, :length] / normaliser[..., None]",
+             "[:, :length] / (normaliser[..., None] + 1)", GATED.format("blocked-packed window")),
+    Mutation("GAU divided alike at every query", GAU_REFERENCE, "normaliser[..., None].astype(wide)",
+             "normaliser.mean(axis=1)[:, None, None].astype(wide)", GATED.format("reference-packed window")),
+    Mutation("GAU counts the whole row", GAU_MIXER, "visible = queries.positions + 1",
+             "visible = jnp.full_like(queries.positions, queries.positions.shape[1])",
+             MIXER.format("GAU-prefill = decode")),
+    Mutation("GAU's bias off by one", "rlhf_jax/ops/gau_terms.py", "jnp.clip(distance, 0,",
+             "jnp.clip(distance + 1, 0,", GATED.format("reference-bias")),
+    Mutation("gradient of GAU's bias at the wrong distance", GAU, "jnp.clip(view.distance(place), 0,",
+             "jnp.clip(view.distance(place) + 1, 0,", GATED.format("blocked-bias")),
+    Mutation("plan of strided layers without their classes", SPARSE,
+             "part(case_of(self, d_model, style, platform, device), rows * classes, each, each)",
+             "part(case_of(self, d_model, style, platform, device), rows, each, each)",
+             "tests/test_plans.py::test_what_is_planned_is_what_runs_ask_for[strided-False]"),
 )  # fmt: skip
 
 
@@ -116,15 +158,37 @@ def passes(root: Path, *tests: str) -> tuple[bool, bool, str]:
     return done.returncode == 0, failed, done.stdout + done.stderr
 
 
+def show(outcomes: list[tuple[Mutation, str, float]]) -> None:
+    """Print what became of each break."""
+    table = Table("break", "file", "test", "outcome", "seconds")
+    for mutation, said, seconds in outcomes:
+        outcome = Text(said, style="green" if said == CAUGHT else "bold red")
+        test = Text(mutation.test.partition("::")[2])
+        table.add_row(mutation.name, Path(mutation.file).name, test, outcome, f"{seconds:.0f}")
+    Console().print(table)
+
+
+def recorded(outcomes: list[tuple[Mutation, str, float]]) -> str:
+    """The same in Markdown, without times."""
+    caught = sum(said == CAUGHT for _, said, _ in outcomes)
+    rows = [f"| {each.name} | `{Path(each.file).name}` | `{each.test.partition('::')[2]}` | {said} |"
+            for each, said, _ in outcomes]  # fmt: skip
+    total = f"`python benchmarks/mutations.py --record`: {caught} of {len(rows)} breaks were caught."
+    head = "| break | file | test that has to fail | outcome |"
+    return "\n".join(["# Faults planted in attention", "", total, "", head, "|---|---|---|---|", *rows]) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of the names of the breaks to try")
-    chosen = [mutation for mutation in MUTATIONS if parser.parse_args().only in mutation.name]
+    parser.add_argument("--record", action="store_true", help="write the table into results/mutations.md")
+    asked = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if asked.only in mutation.name]
     wrong = [mutation.name for mutation in chosen if fits(mutation) != 1]
     if wrong or not chosen:
         print(f"these replacements do not fit exactly once: {', '.join(wrong)}" if chosen else "no such break")
         return 1
-    table = Table("break", "file", "test", "outcome", "seconds")
+    outcomes: list[tuple[Mutation, str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for source in (ROOT / name for name in COPIED):
@@ -146,13 +210,13 @@ def main() -> int:
             finally:
                 file.write_text(before, encoding="utf-8")
             survived += not caught
-            said = "caught" if caught else "SURVIVED"
+            said = CAUGHT if caught else "SURVIVED"
             print(f"[{number}/{len(chosen)}] {mutation.name}: {said}", file=sys.stderr, flush=True)
-            outcome = Text(said, style="green" if caught else "bold red")
-            test = Text(mutation.test.partition("::")[2])
-            table.add_row(mutation.name, Path(mutation.file).name, test, outcome, f"{time.monotonic() - start:.0f}")
-    Console().print(table)
+            outcomes.append((mutation, said, time.monotonic() - start))
+    show(outcomes)
     print(f"{len(chosen) - survived} of {len(chosen)} breaks were caught")
+    if asked.record:
+        RECORD.write_text(recorded(outcomes), encoding="utf-8")
     return 1 if survived else 0
 
 
