@@ -125,9 +125,7 @@ class Evaluation:
         ]
 
     def _prompts(self, workspace: Workspace) -> Prompts:
-        return read_prompts(
-            workspace, self.prompts, self.prompt_length, self.too_long, "evaluation", self.most_prompts
-        )
+        return read_prompts(workspace, self.prompts, self.prompt_length, self.too_long, "evaluation", self.most_prompts)
 
     def _policies(
         self, workspace: Workspace, outputs: dict[str, Output], numbers: dict[str, Numbers]
@@ -158,9 +156,7 @@ class Evaluation:
             numbers[stage] |= summarise(estimates)
         return [_side_by_side(i, found) for i in range(min(SAMPLES_SHOWN, len(base.texts)))]
 
-    def _answer(
-        self, workspace: Workspace, policy: Output, reference: Output, judge: Output | None
-    ) -> Answers:
+    def _answer(self, workspace: Workspace, policy: Output, reference: Output, judge: Output | None) -> Answers:
         """Sample from one policy; every policy draws with the same keys."""
         prompts = self._prompts(workspace)
         ids = {"eos_id": workspace.tokenizer.eos_id, "pad_id": workspace.tokenizer.pad_id}

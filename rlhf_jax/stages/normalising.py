@@ -50,9 +50,7 @@ class ReferenceSamples:
         return read_prompts(workspace, self.prompts, self.prompt_length, "drop", stage, self.most)
 
 
-def check_centre(
-    workspace: Workspace, centre: tuple[Source, ...] | ReferenceSamples, length: int, name: str
-) -> None:
+def check_centre(workspace: Workspace, centre: tuple[Source, ...] | ReferenceSamples, length: int, name: str) -> None:
     """Find what is wrong with the records before anything is trained."""
     if isinstance(centre, ReferenceSamples):
         centre.read(workspace, name)

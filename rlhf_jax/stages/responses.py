@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from rlhf_jax import processes
 from rlhf_jax.data.tables import PromptTable, prompt_table
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import BAD_DATA, UserError
@@ -29,7 +30,8 @@ Messages = Sequence[dict[str, str]]
 
 @runtime_checkable
 class Gold(Protocol):
-    """A reward in plain Python, such as a built-in task: one finite number for each response."""
+    """A reward in plain Python, such as a built-in task: one finite number for each response, which depends on it and
+    its prompt alone."""
 
     def golds(self, prompts: Sequence[Any], responses: Sequence[str]) -> Float[np.ndarray, " B"]: ...
 
@@ -80,8 +82,17 @@ def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
 
 
 def gold_rewards(gold: Gold, prompts: Sequence[Messages], responses: Sequence[str]) -> Float[np.ndarray, " B"]:
-    """The reward of each response; one that is not a finite number is an error that shows the response."""
-    found = np.asarray(gold.golds(prompts, responses), np.float64)
+    """The reward of each response; one that is not a finite number is an error that shows the response.
+
+    Of several processes each scores its share, and all get all rewards, or the error of any.
+    """
+    own = processes.part(len(responses))
+    shares = processes.gather("rewards", lambda: _gold_rewards(gold, prompts[own], responses[own]).tolist())
+    return np.array([reward for share in shares for reward in share], np.float64)
+
+
+def _gold_rewards(gold: Gold, prompts: Sequence[Messages], responses: Sequence[str]) -> Float[np.ndarray, " B"]:
+    found = np.asarray(gold.golds(prompts, responses) if responses else (), np.float64)
     if found.shape != (len(responses),):
         raise UserError(f"rewards of shape {found.shape} for {len(responses)} responses", at=type(gold).__name__,
                         expected="one number each", fix="correct golds()", exit_code=BAD_DATA)  # fmt: skip
