@@ -38,7 +38,9 @@ def run_on(devices: int, module: str, name: str, *arguments: Any, timeout: float
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {QUICK}"
     path = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    # Threads for all devices of a collective: with fewer they wait for each other for ever.
+    threads = os.environ.get("NPROC", "32")
+    environment = {**os.environ, "NPROC": threads, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     command = [sys.executable, "-W", "ignore", "-c", CALL, module, name, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
