@@ -95,7 +95,7 @@ def choose_decoder(implementation: str, case: Case) -> str:
 
 
 def _attend(q, keys, values, mask: Mask, terms: Terms):
-    out, _ = reference.attend(q[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask, terms)
+    out, _ = reference.attend(q[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask, terms, finite=True)
     return out[:, 0]
 
 
