@@ -24,9 +24,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
@@ -202,19 +204,29 @@ def tabulate(rows: list[dict], protocol: Protocol) -> Table:
 
 
 def picture(rows: list[dict], protocol: Protocol) -> Figure:
-    """Accuracy against the size of the state, one panel a kind of puzzle, one mark a test."""
-    figure = Figure(figsize=(5.0 * len(protocol.tested), 4.6), layout="constrained")
+    """Accuracy against the size of the state: a panel for each kind of puzzle, a colour a mixer, a mark a test."""
+    figure = Figure(figsize=(4.2 * len(protocol.tested) + 2.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = np.atleast_1d(figure.subplots(1, len(protocol.tested), sharey=True))
-    sizes = [row["state_bytes"] / 1000 for row in rows]
+    colours = matplotlib.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     for axis, (kind, tests) in zip(axes, protocol.tested.items(), strict=True):
-        for test, marker in zip(tests, "osD^vP*", strict=False):
-            axis.plot(sizes, [row[kind][test] for row in rows], marker, ms=5, alpha=0.7, label=test)
-        for size, row in zip(sizes, rows, strict=True):
-            best = max(row[kind].values())
-            axis.annotate(row["name"], (size, best), (2, 5), textcoords="offset points", fontsize=6, rotation=60)
-        axis.set(xscale="log", title=kind, xlabel="decode state of a row (kB)", ylim=(-0.05, 1.45))
-        axis.legend(fontsize=7, loc="upper left")
+        marks = dict(zip(tests, "osD^vP*", strict=False))
+        for number, row in enumerate(rows):
+            size, colour = row["state_bytes"] / 1000, colours[number % len(colours)]
+            found = [row[kind][test] for test in tests]
+            axis.plot([size, size], [min(found), max(found)], "-", lw=1, color=colour, alpha=0.6)
+            for test, mark in marks.items():
+                axis.plot(size, row[kind][test], mark, ms=6, color=colour, mec="white", mew=0.5)
+        handles = [Line2D([], [], marker=mark, ls="", color="grey", label=test) for test, mark in marks.items()]
+        axis.legend(handles=handles, fontsize=7, loc="upper left")
+        axis.set(xscale="log", title=kind, xlabel="decode state of a row (kB)", ylim=(-0.03, 1.25))
+        axis.set_yticks(np.arange(0.0, 1.01, 0.2))
+        axis.grid(alpha=0.25)
+    mixers = [
+        Line2D([], [], marker="o", ls="", color=colours[i % len(colours)], label=row["name"])
+        for i, row in enumerate(rows)
+    ]
+    figure.legend(handles=mixers, loc="outside right center", fontsize=8, title="mixer")
     axes[0].set_ylabel("share of right answers")
     return figure
 
