@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from rlhf_jax.models import NTK, ALiBi, DynamicNTK, Learned, Linear, RMSNorm, RoPE, Sinusoidal, Transformer, YaRN
+from rlhf_jax.models import NTK, ALiBi, DynamicNTK, Learned, Linear, MoE, RMSNorm, RoPE, Sinusoidal, Transformer, YaRN
 
 
 def frequencies_by_loop(rule, width: int, base: float, length: int = 0) -> list[float]:
@@ -98,6 +98,17 @@ def in_numpy(model: Transformer, params, tokens):
         }[ffn.activation]
         return active * (hidden[:, 1] if ffn.gated else 1) @ weights["out"] + weights.get("out_bias", 0.0)
 
+    def routed(x, ffn, weights):
+        """Each token through its own experts; with the router's default settings."""
+        logits, y = x @ weights["router"], feed(x, ffn, weights["shared"]) if ffn.shared_experts else np.zeros_like(x)
+        for t in range(len(x)):
+            chosen = np.argsort(-logits[t])[: ffn.top_k]
+            shares = np.exp(logits[t, chosen] - logits[t].max())
+            for expert, share in zip(chosen, shares / shares.sum(), strict=True):
+                own = {name: weights[name][expert] for name in ("in", "out")}
+                y[t] += share * feed(x[t : t + 1], ffn, own)[0]
+        return y
+
     x = params["embedding"][tokens]
     if isinstance(model.position, Learned):
         x = x + params["position_embedding"][places]
@@ -111,6 +122,7 @@ def in_numpy(model: Transformer, params, tokens):
         weights = jax.tree.map(lambda leaf: leaf[turn], params["stack"][f"blocks_{at}"])  # noqa: B023
         for name, act in (("mixer", mix), ("ffn", feed)):
             if getattr(block, name) is not None:
+                act = routed if isinstance(getattr(block, name), MoE) else act
                 inner = norm(x, weights[f"{name}_norm"]) if model.prenorm else x
                 x = x + act(inner, getattr(block, name), weights[name])
                 x = x if model.prenorm else norm(x, weights[f"{name}_norm"])
