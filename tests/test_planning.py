@@ -112,8 +112,8 @@ def test_counts_of_a_program_by_hand(loop):
     assert (by_kind["collective-permute"].group, by_kind["collective-permute"].sent) == ((0, 2), 2 * 16 * 2)
     # In each round: dot 512 + 1024 + 512, all-reduce 1024, the fusion reads and writes one row of the kept ones.
     rounds = 4 * (2048 + 1024 + (512 + 4) + 512)
-    # Around: all-gather's pair of 256 + 512, broadcast 4 + 2048, reduce-scatter 512 + 128, permute 128 + 64, compare 9 in
-    # each round, and 64 of the last update read and written.
+    # Around: all-gather's pair of 256 + 512, broadcast 4 + 2048, reduce-scatter 512 + 128, permute 128 + 64, a compare
+    # of 9 in each round, and the 64 of the last update, read and written.
     assert found.bytes == rounds + 768 + 2052 + 640 + 192 + 4 * (1 + 4 + 4) + 2 * 64
 
 
@@ -274,10 +274,15 @@ def asked(*words: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_estimates_are_marked_and_named():
-    code, out, _ = asked(str(TINY), "--on", "h200:8", "--estimate", "--json", "--set", "layout.fsdp=4")
+@pytest.mark.parametrize("words", [("cpu:8", "--estimate"), ("h200:8",)], ids=["asked", "no-compiler"])
+def test_estimates_are_marked_and_named(words):
+    code, out, _ = asked(str(TINY), "--json", "--set", "layout.fsdp=4", "--on", *words)
     plan = json.loads(out)
     assert code == 0 and plan["fits"] and plan["layout"]["data"] == 2
+    if words[0] == "h200:8":
+        if not plan["notes"]:
+            pytest.skip("the compiler for H200s is installed")
+        assert "rlhf_jax[cuda]" in plan["notes"][0] and "estimated" in plan["notes"][0]
     rows = [row for stage in plan["stages"] for row in stage["programs"]]
     assert {row["source"] for row in rows} == {row["flops_source"] for row in rows} == {"estimated"}
     assert [stage["name"] for stage in plan["stages"]] == ["pretrain", "sft", "reward", "ppo"]

@@ -145,7 +145,7 @@ def test_memory_is_within_a_tenth_of_a_run(layout, tmp_path):
     assert held.keys() == planned.keys()
     for stage, (resident, inside) in held.items():
         assert planned[stage][1] == inside, stage  # the same executable
-        assert sum(planned[stage]) == pytest.approx(resident + inside, rel=0.1), stage
+        assert planned[stage][0] == pytest.approx(resident, rel=0.1), stage
 
 
 def test_the_first_program_of_ppo_compiles_alone():

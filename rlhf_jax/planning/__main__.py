@@ -39,11 +39,12 @@ def _planned(request: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config() gives a {type(experiment).__name__}", at=request["file"],
                         expected="an Experiment", fix="return one")  # fmt: skip
     machine, notes = machines.parse(request["on"]), []
-    try:
-        devices, compiler = described_devices(machine), not request["estimate"]
-    except RuntimeError as fault:
-        devices, compiler = jax.devices()[: machine.devices], False
-        notes.append(str(fault))
+    devices, compiler = jax.devices()[: machine.devices], False
+    if not request["estimate"]:
+        try:
+            devices, compiler = described_devices(machine), True
+        except RuntimeError as fault:
+            notes.append(f"{fault}: estimated instead")
 
     def progress(words: str) -> None:
         print(f"planning {words}", file=sys.stderr, flush=True)

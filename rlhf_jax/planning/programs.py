@@ -6,6 +6,7 @@ compares their text with that of the programs which a stage runs.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,9 @@ def stage_programs(
         loss=(objective.loss, params, lambda n: jax.eval_shape(objective.with_weights, rows(n)),
               train.batch // train.microbatches),
     )  # fmt: skip
-    return Stage(stage.name, (update,), _resident(state) | {"start": params}, tokens, "tokens")
+    # What training began with is held beside the state; a reward model also as it was drawn, for the sake of its head.
+    start = (params, jax.tree.map(copy.copy, params)) if isinstance(stage, TrainReward) else params
+    return Stage(stage.name, (update,), _resident(state) | {"start": start}, tokens, "tokens")
 
 
 def _reinforcement(stage: Reinforce, model: Transformer, placement: Placement, devices: Sequence[Any] | None) -> Stage:
