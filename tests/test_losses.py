@@ -128,6 +128,17 @@ def test_aggregation_weights_by_hand(mode, expected):
     assert not losses.aggregation_weights(jnp.zeros((2, 3), bool), mode).any()
 
 
+def test_constant_length_by_hand():
+    # three rows of 3, 2 and 1 tokens, each token over 3 rows times 10
+    mask = jnp.arange(3) < jnp.asarray([[3], [2], [1]])
+    weights = losses.aggregation_weights(mask, "seq-mean-token-sum-length", 10)
+    np.testing.assert_allclose(weights, np.asarray(mask) / 30, rtol=1e-6)
+    wider = losses.aggregation_weights(jnp.pad(mask, ((0, 0), (0, 4))), "seq-mean-token-sum-length", 10)
+    np.testing.assert_array_equal(wider[:, :3], weights)
+    with pytest.raises(ValueError, match="without a length"):
+        losses.aggregation_weights(mask, "seq-mean-token-sum-length")
+
+
 def test_aggregation_cases_of_openrlhf():
     # a fully masked row is left out: [[1, 3], [5, 7]] with row 1 masked -> 2
     weights = losses.aggregation_weights(jnp.asarray([[True, True], [False, False]]), "token-mean")

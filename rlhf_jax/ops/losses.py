@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-sum-length"
+]
 
 
 def importance_ratio(
@@ -118,14 +120,17 @@ def pair_losses(scores: Float[Array, "B K"], pairs: Bool[Array, "B K K"]) -> Flo
     return jnp.where(pairs, pairwise_loss(better, worse), 0.0)
 
 
-def aggregation_weights(mask: Bool[Array, "B N"], mode: Aggregation = "token-mean") -> Float[Array, "B N"]:
+def aggregation_weights(
+    mask: Bool[Array, "B N"], mode: Aggregation = "token-mean", length: int | None = None
+) -> Float[Array, "B N"]:
     """Weights such that ``sum(weights * losses)`` is the named aggregate of the losses inside ``mask``.
 
     - ``token-mean``: every token counts the same.
     - ``seq-mean-token-mean``: every row counts the same, every token of a row the same.
     - ``seq-mean-token-sum``: a row's sum, averaged over rows.
-    - ``seq-mean-token-sum-norm``: all losses over the width N, a constant (Liu et al. 2025, Dr. GRPO,
-      https://arxiv.org/abs/2503.20783).
+    - ``seq-mean-token-sum-norm``: all losses over the width N, not averaged over rows (verl).
+    - ``seq-mean-token-sum-length``: a row's sum over the constant ``length``, averaged over rows (Liu et al. 2025,
+      Dr. GRPO, https://arxiv.org/abs/2503.20783).
 
     The first two add up to one. Rows without a token count nowhere; a mask without any token gives zeros.
     """
@@ -142,7 +147,11 @@ def aggregation_weights(mask: Bool[Array, "B N"], mode: Aggregation = "token-mea
             return inside / rows
         case "seq-mean-token-sum-norm":
             return inside / mask.shape[1]
+        case "seq-mean-token-sum-length":
+            if length is None:
+                raise ValueError(f"aggregation {mode!r} without a length; expected the number of tokens to divide by")
+            return inside / length / rows
     raise ValueError(
-        f"unknown aggregation {mode!r}; expected 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum' or "
-        "'seq-mean-token-sum-norm'"
+        f"unknown aggregation {mode!r}; expected 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum', "
+        "'seq-mean-token-sum-norm' or 'seq-mean-token-sum-length'"
     )
