@@ -24,6 +24,11 @@ LAYERS = {
 }
 
 
+def quick(function: Any, **more: Any) -> Any:
+    """Compile with little optimisation: these programs run once, on a few numbers."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **more)
+
+
 def difference(one: Any, other: Any) -> float:
     """The largest difference of two trees of arrays, relative to the largest entry of each array."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -36,9 +41,9 @@ def place_of(axes: dict[str, int]) -> Placement:
     return layout.place(jax.devices()[: math.prod(axes.values())])
 
 
-def layers_on(cases: list[tuple[dict[str, int], str, int, int]]) -> list[dict[str, float]]:
-    """``layer_on`` for each case."""
-    return [layer_on(*case) for case in cases]
+def all_on(cases: list[tuple[dict[str, int], str, int, int]], axes: dict[str, int]) -> dict[str, Any]:
+    """``layer_on`` for each case, and ``model_on``, in one process."""
+    return {"layers": [layer_on(*case) for case in cases], "model": model_on(axes)}
 
 
 def layer_on(axes: dict[str, int], name: str, rows: int, length: int) -> dict[str, float]:
@@ -47,17 +52,17 @@ def layer_on(axes: dict[str, int], name: str, rows: int, length: int) -> dict[st
     x = jax.random.normal(jax.random.key(1), (rows, length, width))
     context = Context.of_lengths(jnp.arange(rows) % (length + 1), length)
     shared = Shared(context, context, style=Style(init_std=0.5, residual_std=0.5))
-    params = nn.unbox(layer.init(jax.random.key(0), x, shared))["params"]
+    params = nn.unbox(quick(layer.init)(jax.random.key(0), x, shared))["params"]
 
     def loss(params, x):
         y, aux = layer.apply({"params": params}, x, shared)
         numbers = {name: value for name, value in aux.items() if name != "moe/experts"}
         return jnp.tanh(y).sum() + aux["loss"].sum(), (y, numbers)
 
-    program = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    program = quick(jax.grad(loss, (0, 1), has_aux=True))
     gradients, (y, aux) = jax.device_get(program(params, x))
     with place_of(axes).active():
-        on_mesh = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+        on_mesh = quick(jax.grad(loss, (0, 1), has_aux=True))
         found, (y_mesh, aux_mesh) = jax.device_get(on_mesh(params, x))
     return {
         "value": difference(y_mesh, y), "report": difference(aux_mesh, aux), "gradient": difference(found, gradients),
@@ -75,12 +80,12 @@ def model_on(axes: dict[str, int]) -> dict[str, Any]:
         logits, _, aux = model.apply({"params": params}, tokens, context)
         return jnp.tanh(logits).sum() + aux["loss"].sum()
 
-    expected = jax.device_get(jax.jit(jax.grad(loss))(params, tokens))
+    expected = jax.device_get(quick(jax.grad(loss))(params, tokens))
     place = place_of(axes)
     with place.active():
         shardings = place.params(model)
         split = place.put(params, shardings)
-        program = jax.jit(jax.grad(loss), out_shardings=shardings).lower(split, place.put_batch(tokens)).compile()
+        program = quick(jax.grad(loss), out_shardings=shardings).lower(split, place.put_batch(tokens)).compile()
         found = jax.device_get(program(split, place.put_batch(tokens)))
     text = program.as_text()
     return {"gradient": difference(found, expected), "travels": len(re.findall(r"all-to-all(?:-start)?\(", text))}
