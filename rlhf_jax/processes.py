@@ -30,7 +30,7 @@ HEARTBEAT_SECONDS = 30
 """After this much silence JAX takes a process for dead and ends the others."""
 MEET_SECONDS = 1800
 """How long living processes wait for each other at one point before they give up."""
-FAILED_SECONDS = 30
+FAILED_SECONDS = 10
 """How long a process that failed waits for the others at that point."""
 GRACE_SECONDS = 3.0
 """How long a process may take to end by itself once another one has failed."""
@@ -50,6 +50,7 @@ class _Membership:
         self.polls = itertools.count()
         self.leaving = threading.Event()
         self.connecting = self.watching = False
+        self.heartbeat_seconds = HEARTBEAT_SECONDS
 
 
 _SELF = _Membership()
@@ -120,7 +121,7 @@ def start(
         except BaseException as error:
             found.append(error)
 
-    _SELF.connecting = True
+    _SELF.connecting, _SELF.heartbeat_seconds = True, heartbeat_seconds
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(connect_seconds)
@@ -205,7 +206,7 @@ def wait_for_cause(error: BaseException) -> None:
     """
     if count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not _LOST.search(str(error)):
         return
-    seconds = HEARTBEAT_SECONDS + 2 * GRACE_SECONDS
+    seconds = _SELF.heartbeat_seconds + 2 * GRACE_SECONDS
     _say(f"process {index()} of {count()} lost contact with another one ({str(error).splitlines()[0]}); "
          f"waiting up to {seconds:.0f} s to hear why")  # fmt: skip
     time.sleep(seconds)
@@ -218,12 +219,14 @@ def leave(code: int, error: str = "") -> None:
     """
     if not joined():
         return
-    _SELF.leaving.set()
     if not _SELF.watching:
         _exit(code)  # a thread still waits for the others
     if code in (DONE, PREEMPTED):
+        gather("the end", lambda: None)  # JAX gives them little time for it, and process 0 still writes the report
+        _SELF.leaving.set()
         jax.distributed.shutdown()
         return
+    _SELF.leaving.set()
     notice = {"process": index(), "code": code, "error": error}
     try:
         _client().key_value_set(_FAILURE, json.dumps(notice))
@@ -332,6 +335,8 @@ def _exit_with_others(code: int) -> NoReturn:
         _client().wait_at_barrier("rlhf_jax/end", int((GRACE_SECONDS + 5) * 1000))
     except jax.errors.JaxRuntimeError:
         pass
+    if is_first():
+        time.sleep(1)  # JAX aborts whoever is still there when the service goes
     _exit(code)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import processes
+from rlhf_jax.errors import IO, UserError
 from rlhf_jax.runs.files import read_rows
 
 SHOWN = 4
@@ -39,5 +40,9 @@ class SampleLog:
             shown = {"prompt": prompt[-1]["content"], "response": response, "score": float(score)}
             kept.append({"iteration": iteration, **shown})
         draft = self.path.with_name(f".{self.path.name}.tmp")
-        draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-        draft.replace(self.path)
+        try:
+            draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+            draft.replace(self.path)
+        except OSError as error:
+            raise UserError(f"cannot be written ({error.strerror})", at=str(self.path),
+                            fix="free space, then resume the run", exit_code=IO) from error  # fmt: skip
