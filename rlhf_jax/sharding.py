@@ -230,11 +230,15 @@ class Placement:
             x = x if hasattr(x, "shape") else np.asarray(x)  # gathered rows stay as they are until a device asks
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-        return jax.tree.map(put, tree, self.batch(tree))
+        with self.active():  # a move between meshes with another order of devices is a program of the new one
+            return jax.tree.map(put, tree, self.batch(tree))
 
     def put(self, tree: PyTree, shardings: PyTree) -> PyTree:
         """Arrays moved to shardings of the same structure, from whatever layout they have; None leaves them."""
-        return tree if shardings is None else jax.device_put(tree, shardings)
+        if shardings is None:
+            return tree
+        with self.active():
+            return jax.device_put(tree, shardings)
 
     def folded(self) -> Placement:
         """The same devices with the context axis joined to the data axis: a decode step has one token of each row."""
@@ -278,7 +282,8 @@ def fetch(tree: PyTree) -> PyTree:
     def whole(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return x
-        assert isinstance(x.sharding, NamedSharding)
-        return jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
+        assert isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh)
+        with jax.set_mesh(x.sharding.mesh):
+            return jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
 
     return jax.device_get(jax.tree.map(whole, tree))
