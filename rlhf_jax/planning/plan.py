@@ -25,7 +25,7 @@ class Memory:
     """Bytes on one device while a program runs.
 
     Args:
-        resident: what lies there through the whole stage.
+        resident: what lies there through the whole stage, unless it waits in the host's memory just then.
         batch: what is there for this program only: batches, rollouts, a policy in a layout of its own.
         cache: keys and values; estimated as a part of what the compiler reports.
         gradients: of the trained parameters in fp32; estimated as a part of what the compiler reports.
@@ -126,7 +126,7 @@ def _stage(
 
 def _memory(program: Program, numbers: Numbers, made: Stage) -> Memory:
     """What the compiler calls temporary and output, by what it is known to consist of."""
-    resident = device_bytes(list(made.resident.values()))
+    resident = device_bytes([tree for kind, tree in made.resident.items() if kind not in program.parked])
     batch = device_bytes(list(program.transient.values()))
     left = numbers.temporary + numbers.output
     cache = min(cache_bytes(program), left)

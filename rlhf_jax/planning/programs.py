@@ -50,6 +50,7 @@ class Program:
         work: what it has to compute, by formula.
         runs: executions in one step of the stage (one update, or one iteration of reinforcement learning).
         transient: arguments that are there for this program only, by what they are; the others are the stage's.
+        parked: what of the stage's waits in the host's memory while it runs.
         loss: ``(params, batch) -> scalar`` and its arguments for one microbatch, if it is differentiated.
         trips: rounds of a loop that ends by its data.
         cache: keys and values that it makes, abstract, without shardings.
@@ -63,6 +64,7 @@ class Program:
     work: Work
     runs: int = 1
     transient: Mapping[str, PyTree] = field(default_factory=dict)
+    parked: tuple[str, ...] = ()
     loss: tuple[Callable[..., Any], PyTree, Callable[[int], PyTree], int] | None = None
     trips: int = 1
     cache: PyTree = None
@@ -77,7 +79,7 @@ class Stage:
         name: of the stage.
         programs: in the order in which they run.
         resident: abstract arrays with shardings by what they are: "parameters", "optimizer", "average", "start" (what
-            training began with), "frozen" (reference policy and reward model).
+            training began with), "reference" and "reward".
         tokens: of one step, which ``tokens/s`` counts.
         counted: what these tokens are.
     """
@@ -119,8 +121,8 @@ def stage_programs(
     shardings = placement.state(optimizer, params, placement.params(trained), ema)
     state = _state(params, optimizer, ema, shardings)
     step = make_train_step(
-        objective.loss, optimizer, with_weights=objective.with_weights, microbatches=train.microbatches,
-        ema_decay=train.ema_decay, state_shardings=shardings,
+        objective.loss, optimizer, with_weights=objective.with_weights, conclude=objective.conclude,
+        microbatches=train.microbatches, ema_decay=train.ema_decay, state_shardings=shardings,
     )  # fmt: skip
     batch = _placed(rows(train.batch), placement)
     update = Program(
@@ -157,11 +159,13 @@ def _reinforcement(stage: Reinforce, model: Transformer, placement: Placement, d
     programs = [sampler]
     if "reward" in frozen:
         programs.append(Program("score", functools.partial(score_rollout, scorer), (frozen["reward"], rollout),
-                                placement, read, transient={"rollout": rollout}))  # fmt: skip
+                                placement, read, transient={"rollout": rollout},
+                                parked=_parked(stage, "reward")))  # fmt: skip
     prepare = preparation(stage, objective)
     arguments = (params, reference, rollout, scores, number)
     shared = isinstance(models, SharedCritic)
-    programs.append(Program("prepare", prepare, arguments, placement, answers + read, transient={"rollout": rollout}))
+    programs.append(Program("prepare", prepare, arguments, placement, answers + read, transient={"rollout": rollout},
+                            parked=_parked(stage, "reference")))  # fmt: skip
     experience = _placed(jax.eval_shape(prepare, *arguments)[0], placement)
 
     def minibatch(rows: int) -> PyTree:
@@ -173,8 +177,8 @@ def _reinforcement(stage: Reinforce, model: Transformer, placement: Placement, d
 
     whole = objective if stage.ptx is None else _mix(stage, objective)
     step = make_train_step(
-        whole.loss, optimizer, with_weights=whole.with_weights, microbatches=stage.microbatches,
-        ema_decay=stage.ema_decay, state_shardings=shardings,
+        whole.loss, optimizer, with_weights=whole.with_weights, conclude=whole.conclude,
+        microbatches=stage.microbatches, ema_decay=stage.ema_decay, state_shardings=shardings,
     )  # fmt: skip
     share = stage.minibatch / stage.rollout
     forward = (answers if shared else answers + read).times(share)
@@ -185,10 +189,11 @@ def _reinforcement(stage: Reinforce, model: Transformer, placement: Placement, d
     programs.append(Program(
         "update", step, (state, batch, _key()), placement, forward.trained(),
         runs=stage.epochs * (stage.rollout // stage.minibatch), transient={"batch": batch, "experience": experience},
+        parked=_parked(stage, "optimizer"),
         loss=(whole.loss, params, lambda n: jax.eval_shape(whole.with_weights, minibatch(n)),
               stage.minibatch // stage.microbatches),
     ))  # fmt: skip
-    return Stage(stage.name, tuple(programs), _resident(state) | {"frozen": frozen}, stage.rollout * new,
+    return Stage(stage.name, tuple(programs), _resident(state) | frozen, stage.rollout * new,
                  "response tokens")  # fmt: skip
 
 
@@ -206,6 +211,7 @@ def sampling_program(stage: Reinforce, model: Transformer, placement: Placement,
         "sample", draw, (params, asked, _key(), _ints()), placement,
         work.sampling(model, prompts, stage.prompt_length, sampling.samples_per_prompt, sampling.max_new_tokens),
         transient={"batch": asked} | ({"moved policy": params} if moved else {}),
+        parked=_parked(stage),
         trips=sampling.max_new_tokens - 1,
         cache=jax.eval_shape(lambda: empty_cache(model, stage.rollout, slots)),
         smaller=lambda repeats: sampling_program(stage, model.clone(repeats=repeats), placement, moved),
@@ -223,11 +229,17 @@ def preparation(stage: Reinforce, objective: PolicyOptimization) -> Callable[...
     return compiled
 
 
+def _parked(stage: Reinforce, *needed: str) -> tuple[str, ...]:
+    """What waits in the host's memory while only these of it are needed; the average goes with the optimizer."""
+    found = [kind for kind in stage.offload if kind not in needed]
+    return (*found, "average") if "optimizer" in found else tuple(found)
+
+
 def _objective(stage: Reinforce, model: Transformer) -> PolicyOptimization:
     policy = model.clone(parent=None)
     critic = ScalarModel(policy, head_init="reward" if stage.critic == "reward" else "zero")
     models = SharedCritic(critic) if stage.critic == "shared" else SeparateCritic(policy, critic)
-    return PolicyOptimization(stage.ppo, models, stage.sampling, rows=stage.rows_at_a_time)
+    return PolicyOptimization(stage.ppo, models, stage.sampling, rows=stage.rows_at_a_time, replay=stage.replay_routing)
 
 
 def _mix(stage: Reinforce, objective: PolicyOptimization) -> PtxMix:
