@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from rlhf_jax.models import Attention, Block, MoE, SwiGLU, Transformer, empty_cache, init_params
 from rlhf_jax.models.layers import Shared, Style
@@ -34,9 +36,8 @@ def draw(layer: MoE, dtype=jnp.float32):
     style = Style(init_std=0.5, residual_std=0.5, dtype=dtype, param_dtype=dtype)
     context = Context.of_lengths(jnp.array([LENGTH, 6, 0]), LENGTH)
     shared = Shared(context, context, style=style)
-    params = layer.init(jax.random.key(0), x, shared)["params"]
-    params = jax.tree.map(lambda box: box.unbox() if hasattr(box, "unbox") else box, params,
-                          is_leaf=lambda box: hasattr(box, "unbox"))  # fmt: skip
+    params = quick(layer.init)(jax.random.key(0), x, shared)["params"]
+    params = nn.unbox(params)
     if "router_bias" in params:
         params["router_bias"] = 0.2 * jax.random.normal(jax.random.key(2), params["router_bias"].shape)
     return params, x, shared
@@ -47,6 +48,7 @@ def quick(function, **more):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **more)
 
 
+@functools.cache
 def run(layer: MoE):
     return quick(lambda params, x, shared: layer.apply({"params": params}, x, shared))
 
@@ -67,13 +69,11 @@ def dense_loop(layer: MoE, params, x, segments):
         hidden = ACTIVATIONS[layer.activation](parts[0])
         return (hidden * parts[1] if layer.gated else hidden) @ w_out
 
-    out = np.zeros_like(x)
+    out, bias = np.zeros_like(x), params.get("router_bias")
+    with jax.enable_x64(True):
+        routed = quick(lambda z: routing.route(z, layer.top_k, layer.router, bias))(x @ params["router"])
     for at in zip(*np.nonzero(np.asarray(segments)), strict=True):
-        bias = params.get("router_bias")
-        logits = x[at] @ params["router"]
-        with jax.enable_x64(True):
-            chosen = routing.route(logits, layer.top_k, layer.router, None if bias is None else jnp.asarray(bias))
-        for expert, weight in zip(chosen.experts.tolist(), chosen.weights.tolist(), strict=True):
+        for expert, weight in zip(routed.experts[at].tolist(), routed.weights[at].tolist(), strict=True):
             out[at] += layer.scale * weight * forward(x[at], params["in"][expert], params["out"][expert])
     if layer.shared_experts:
         for at in np.ndindex(x.shape[:2]):
@@ -114,7 +114,7 @@ def test_gradients_equal_finite_differences():
     layer = VARIANTS["olmoe"].clone(balance_coef=0.5, z_coef=0.1)
     with jax.enable_x64(True):
         params, x, shared = draw(layer, jnp.float64)
-        chosen = layer.apply({"params": params}, x, shared)[1]["moe/experts"]
+        chosen = run(layer)(params, x, shared)[1]["moe/experts"]
         held = shared.replace(routing=chosen)
 
         def loss(params):
@@ -183,7 +183,7 @@ def test_tokens_do_not_see_each_other(name):
 
 
 def test_what_stands_in_padding_does_not_matter_and_counts_nowhere():
-    for layer in (*VARIANTS.values(), DROPPING):
+    for layer in (VARIANTS["deepseek"], VARIANTS["switch"], DROPPING):
         params, x, shared = draw(layer)
         real = np.asarray(shared.queries.segments) > 0
         layer = layer.clone(shared_experts=0)
@@ -193,7 +193,8 @@ def test_what_stands_in_padding_does_not_matter_and_counts_nowhere():
             y, aux = layer.apply({"params": params}, x, shared)
             return jnp.where(real[..., None], y, 0.0).sum() + aux["loss"].sum(), (y, aux)
 
-        one, other = (quick(jax.grad(loss, has_aux=True))(params, each) for each in (x, dirty))
+        gradient = quick(jax.grad(loss, has_aux=True))
+        one, other = gradient(params, x), gradient(params, dirty)
         jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
         np.testing.assert_array_equal(one[1][0], other[1][0])
         assert not one[1][0][~real].any()
@@ -252,9 +253,12 @@ def test_jitter_acts_only_in_training():
     layer = MoE(4, 2, 6, jitter=0.4)
     params, x, shared = draw(layer)
 
+    @quick
+    def drawn(key, shared):
+        return layer.apply({"params": params}, x, shared, rngs={"dropout": key})[0]
+
     def outputs(deterministic, seed):
-        rngs = {"dropout": jax.random.key(seed)}
-        return layer.apply({"params": params}, x, shared.replace(deterministic=deterministic), rngs=rngs)[0]
+        return drawn(jax.random.key(seed), shared.replace(deterministic=deterministic))
 
     plain = run(layer.clone(jitter=0.0))(params, x, shared)[0]
     np.testing.assert_allclose(outputs(True, 0), plain, rtol=1e-5, atol=1e-6)
