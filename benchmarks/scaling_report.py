@@ -21,8 +21,8 @@ SIMULATED = """**Simulated devices share the same cores.** The work is the same 
 shows what splitting costs and never a speed-up; 1 would be no cost at all. Bytes on a device and bytes sent are those
 of the program as it is compiled for CPU; they do not depend on what else the machine does."""
 RESIDENT = """Arguments: parameters, optimizer state and batch. Temporary: activations, gradients, what is gathered,
-and a second state until the step is known to be finite. Resident set: of each process at most, the compiler and
-libraries included."""
+and what the update needs. Resident set: of each process at most, the compiler and libraries included."""
+TITLES = {"ppo": "An iteration of PPO"}
 BUSY = "times and their ratios are of no use, bytes are"
 
 
@@ -63,7 +63,7 @@ def tables(found: dict[str, Any]) -> str:
         lines += ["", f"**The machine was busy with other work (load {found['load'][0]:.1f}): {BUSY}.**"]
     for panel in dict.fromkeys(row["point"]["panel"] for row in found["rows"]):
         rows = [row for row in found["rows"] if row["point"]["panel"] == panel]
-        lines += ["", f"## {panel[0].upper()}{panel[1:]}", ""]
+        lines += ["", f"## {TITLES.get(panel, panel.capitalize())}", ""]
         kind = rows[0]["point"]["kind"]
         done = [row for row in rows if row["reason"] is None]
         if done and kind == "train":
@@ -151,16 +151,16 @@ def _wanted(row: Row, share: float | None) -> str:
 
 def _decode_table(rows: list[Row], machine: dict[str, Any]) -> list[str]:
     lines = [
-        "| model, prompts x tokens + new | attention | ms a step | tokens/s (range) | prompts read, ms | GB/s | % of "
+        "| model, prompts x tokens + new | ms a step | tokens/s (range) | prompts read, ms | GB/s | % of "
         "copying | peak memory, GiB | wanted |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         low, high = row["range"]
         share = row["bytes_per_second"] / machine["bytes"] if machine.get("bytes") else None
         peak, steps = row["peak"]["device_peak"], row["rounds"][0]["steps"]
         cells = [
-            row["title"], row["point"]["attention"], f"{1e3 * row['seconds']['decode'] / steps:.3f}",
+            row["title"], f"{1e3 * row['seconds']['decode'] / steps:.3f}",
             f"{row['tokens_per_second']:.0f} ({low:.0f} to {high:.0f})", f"{1e3 * row['seconds']['prefill']:.1f}",
             f"{row['bytes_per_second'] / 1e9:.1f}", "" if share is None else f"{100 * share:.1f}",
             "" if peak is None else f"{peak / GIB:.1f}", _wanted(row, share),
