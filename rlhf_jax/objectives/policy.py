@@ -170,6 +170,14 @@ class PolicyOptimization:
     chunk: int | None = None
     replay: bool = False
 
+    def start(self) -> Float[Array, ""]:
+        """The controller before the first rollout: the coefficient of the KL penalty."""
+        return self.ppo.kl.init()
+
+    def control(self, controller: Float[Array, ""], metrics: Metrics, episodes: int) -> Float[Array, ""]:
+        """The controller after a rollout of so many episodes with these metrics."""
+        return self.ppo.kl.update(controller, metrics["kl/sequence"], episodes)
+
     def prepare(
         self,
         params: PyTree,
@@ -195,8 +203,12 @@ class PolicyOptimization:
             )
             return ref_logprobs, self.models.values(params, rollout, value_mask)
 
-        ref_logprobs, values = _by_rows(forward, rollout, self.rows)
+        ref_logprobs, values = by_rows(forward, rollout, self.rows)
         return self.ppo.prepare(rollout, score, ref_logprobs, values, kl_coef)
+
+    def rollout_metrics(self, experience: Experience) -> Metrics:
+        """What a rollout was like, before any update."""
+        return self.ppo.rollout_metrics(experience)
 
     def with_weights(self, experience: Experience) -> Experience:
         """The minibatch with its weights. Before any split of it."""
@@ -222,7 +234,7 @@ class PolicyOptimization:
         return self.models.conclude(params, metrics)
 
 
-def _by_rows(function: Callable[[Rollout], PyTree], rollout: Rollout, rows: int | None) -> PyTree:
+def by_rows(function: Callable[[Rollout], PyTree], rollout: Rollout, rows: int | None) -> PyTree:
     """``function(rollout)``, a few rows at a time; every ``total / rows``-th row together, so that shards stay put."""
     total = rollout.tokens.shape[0]
     if rows is None or rows >= total:

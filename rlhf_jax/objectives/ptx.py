@@ -11,6 +11,8 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float
 
+from rlhf_jax.objectives.critic_free import GroupOptimization
+from rlhf_jax.objectives.group_experience import GroupExperience
 from rlhf_jax.objectives.language import LanguageModel, WeightedTokens
 from rlhf_jax.objectives.mixture import LOAD
 from rlhf_jax.objectives.policy import PolicyOptimization
@@ -22,13 +24,13 @@ from rlhf_jax.types import Key, Metrics, PyTree, TokenBatch
 class PtxBatch:
     """Episodes, each with its share of text: ``text`` arrays are ``[B, R, T]``, so that rows split together."""
 
-    experience: Experience
+    experience: Experience | GroupExperience
     text: TokenBatch | WeightedTokens
 
 
 @dataclass(frozen=True)
 class PtxMix:
-    """``PPO loss + coef * language-model loss of the policy``.
+    """``PPO loss + coef * language-model loss of the policy``, or the loss of a group method.
 
     Args:
         reinforcement: the objective on episodes.
@@ -37,7 +39,7 @@ class PtxMix:
         texts_per_episode: rows of text for each episode (InstructGPT: 8).
     """
 
-    reinforcement: PolicyOptimization
+    reinforcement: PolicyOptimization | GroupOptimization
     language: LanguageModel
     coef: float = 27.8
     texts_per_episode: int = 8
@@ -52,7 +54,7 @@ class PtxMix:
         if self.language.model != self.reinforcement.models.policy:
             raise ValueError("the language objective has another model than the policy; expected the same Transformer")
 
-    def join(self, experience: Experience, text: TokenBatch) -> PtxBatch:
+    def join(self, experience: Experience | GroupExperience, text: TokenBatch) -> PtxBatch:
         """A minibatch of episodes with ``texts_per_episode`` times as many rows of text."""
         episodes, rows = experience.tokens.shape[0], text.tokens.shape[0]
         if rows != episodes * self.texts_per_episode:

@@ -1,0 +1,125 @@
+"""A policy trained by group methods: where parameters meet the arithmetic of ``group.py``. There is no critic.
+
+Dropout stays off here, as in the sampler: with it the first ratio would not be 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from rlhf_jax.models import Transformer
+from rlhf_jax.objectives.group import GroupPolicy
+from rlhf_jax.objectives.group_experience import GroupExperience
+from rlhf_jax.objectives.mixture import conclude, routing_terms
+from rlhf_jax.objectives.policy import by_rows
+from rlhf_jax.sampling import Sampling
+from rlhf_jax.scoring import response_logprobs, score_responses
+from rlhf_jax.sharding import Placement
+from rlhf_jax.types import Key, Metrics, PyTree, Rollout
+
+
+@dataclass(frozen=True)
+class PolicyAlone:
+    """No critic: the parameters to train are the language model's own."""
+
+    policy: Transformer
+
+    def placed(self, placement: Placement) -> PyTree:
+        """Shardings of the parameters to train; None on one device."""
+        return placement.params(self.policy)
+
+    def policy_params(self, params: PyTree) -> PyTree:
+        """Parameters of the language model, as the sampler takes them."""
+        return params
+
+
+@dataclass(frozen=True)
+class GroupOptimization:
+    """A group method on a policy, as ``prepare``, ``with_weights`` and ``loss``.
+
+    Args:
+        group: the choices.
+        models: the policy.
+        sampling: how rollouts are drawn; log-probabilities are those of that distribution.
+        rows: rollout rows that ``prepare`` puts through a model at a time; None takes all.
+        chunk: positions to unembed at a time; None leaves it to ``scoring``.
+        replay: train with the experts that the rollout's tokens were sent to, see ``PolicyOptimization``.
+    """
+
+    group: GroupPolicy
+    models: PolicyAlone
+    sampling: Sampling
+    rows: int | None = None
+    chunk: int | None = None
+    replay: bool = False
+
+    def start(self) -> PyTree:
+        """The controller before the first rollout."""
+        return self.group.start()
+
+    def control(self, controller: PyTree, metrics: Metrics, episodes: int) -> PyTree:
+        """The controller after a rollout of so many episodes with these metrics."""
+        return self.group.control(controller, metrics, episodes)
+
+    def prepare(
+        self,
+        params: PyTree,
+        ref_params: PyTree,
+        rollout: Rollout,
+        score: Float[Array, "B"],
+        controller: PyTree,
+    ) -> GroupExperience:
+        """Experience from a whole rollout and its scores. No gradient, and no model where the choices need none.
+
+        Args:
+            params: of the policy, the same that the rollout was sampled with.
+            ref_params: of the reference policy; not read without a KL penalty.
+            rollout: sampled responses, those to one prompt side by side.
+            score: one number per response.
+            controller: see ``start``.
+        """
+
+        def logprobs(params: PyTree) -> Float[Array, "B N"]:
+            def forward(rollout: Rollout) -> Float[Array, "B N"]:
+                model, sampling = self.models.policy, self.sampling
+                return response_logprobs(model, params, rollout, sampling, entropy=False, chunk=self.chunk)[0]
+
+            return by_rows(forward, rollout, self.rows)
+
+        return self.group.prepare(
+            rollout,
+            score,
+            self.sampling.samples_per_prompt,
+            controller,
+            ref_logprobs=logprobs(ref_params) if self.group.uses_reference else None,
+            logprobs=None if self.group.correction is None else logprobs(params),
+        )
+
+    def rollout_metrics(self, experience: GroupExperience) -> Metrics:
+        """What a rollout was like, before any update."""
+        return self.group.rollout_metrics(experience, self.sampling.samples_per_prompt)
+
+    def with_weights(self, experience: GroupExperience) -> GroupExperience:
+        """The minibatch with its weights. Before any split of it."""
+        return self.group.with_weights(experience)
+
+    def loss(
+        self, params: PyTree, experience: GroupExperience, key: Key | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The policy loss and its metrics. ``key`` is not used."""
+        del key
+        rollout = experience.rollout
+        scored = score_responses(
+            self.models.policy, params, rollout, self.sampling, chunk=self.chunk, replay=self.replay
+        )
+        assert scored.entropy is not None
+        loss, metrics = self.group.policy_loss(scored.logprobs, scored.entropy, experience)
+        rows, real = experience.token_weights.sum(axis=1), rollout.context.segments > 0
+        routed, found = routing_terms(scored.aux, rows, real)
+        return loss + routed, metrics | found
+
+    def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
+        """After the update: the load of experts as numbers. Their biases stay, as the policy is what sampled."""
+        return params, conclude(self.models.policy, params, metrics, frozen=True)[1]
