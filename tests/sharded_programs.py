@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models import MLP, Attention, Block, ScalarModel, SwiGLU, Transformer, init_params
+from rlhf_jax.models import MLP, Attention, Block, MoE, ScalarModel, SwiGLU, Transformer, init_params
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic, SharedCritic
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.objectives.ptx import PtxMix
 from rlhf_jax.objectives.reward import RewardModel
+from rlhf_jax.ops.routing import TopK
 from rlhf_jax.sampling import Sampling, _sample, sample
 from rlhf_jax.sharding import Layout, Placement, fetch
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -30,6 +31,9 @@ MODEL = Transformer(
     vocab_size=32, d_model=16, repeats=2, max_length=32, init_std=0.2, tie_embeddings=False,
     pattern=(Block(Attention(heads=4, kv_heads=2, qkv_bias=True), SwiGLU(32)), Block(Attention(heads=4), MLP(16))),
 )  # fmt: skip
+EXPERTS = MODEL.clone(
+    pattern=(Block(Attention(heads=4, kv_heads=2), MoE(4, 2, 16, router=TopK("sigmoid"), bias_rate=0.01)),)
+)
 SCORER = ScalarModel(MODEL)
 SAMPLING = Sampling(max_new_tokens=8, samples_per_prompt=2)
 KEY = jax.random.key(0)
@@ -70,6 +74,10 @@ def language(placement: Placement):
     return objective, params_of(MODEL, 1, placement), placement.params(MODEL), texts()
 
 
+def experts(placement: Placement):
+    return LanguageModel(EXPERTS), params_of(EXPERTS, 1, placement), placement.params(EXPERTS), texts()
+
+
 def reward(placement: Placement):
     return RewardModel(SCORER), params_of(SCORER, 2, placement), placement.params(SCORER), rankings()
 
@@ -96,6 +104,7 @@ def reinforcement(placement: Placement, shared: bool = False, ptx: bool = False)
 
 PROGRAMS: dict[str, Callable[[Placement], Any]] = {
     "language": language,
+    "experts": experts,
     "reward": reward,
     "ppo": reinforcement,
     "ppo-shared": lambda placement: reinforcement(placement, shared=True),
@@ -110,8 +119,8 @@ def three_steps(program: str, placement: Placement, microbatches: int) -> dict[s
     objective, params, shardings, batch = PROGRAMS[program](placement)
     pinned = placement.state(OPTIMIZER, params, shardings, True)
     step = make_train_step(
-        objective.loss, OPTIMIZER, with_weights=objective.with_weights, microbatches=microbatches, ema_decay=0.5,
-        state_shardings=pinned,
+        objective.loss, OPTIMIZER, with_weights=objective.with_weights, conclude=objective.conclude,
+        microbatches=microbatches, ema_decay=0.5, state_shardings=pinned,
     )  # fmt: skip
     state = init_state(params, OPTIMIZER, ema=True, shardings=pinned)
     batch = placement.put_batch(batch)

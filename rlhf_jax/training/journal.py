@@ -77,7 +77,7 @@ class Journal:
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes the row of a step that needs nothing else; refuses a step that was not finite."""
         self.refuse_nonfinite(step, row)
-        named = {self._named(name): value for name, value in row.items()}
+        named = self._named(row)
         written = {"step": step, **named} if self.metrics is None else self.metrics.write(step, named)
         if self._on_row is not None:
             self._on_row(written)
@@ -125,7 +125,7 @@ class Journal:
         if not row.get("nonfinite"):
             return
         if self.metrics is not None:
-            self.metrics.write(step, {self._named(name): value for name, value in row.items()})
+            self.metrics.write(step, self._named(row))
             self.metrics.sync()
         seen = ", ".join(f"{name}={value}" for name, value in row.items() if not math.isfinite(value))
         steps = [] if self.checkpoints is None else self.checkpoints.steps()
@@ -151,5 +151,9 @@ class Journal:
         saved = "nothing is saved: there are no checkpoints" if self.checkpoints is None else "everything is saved"
         return Preempted(f"stopped after step {step}; {saved}")
 
-    def _named(self, name: str) -> str:
-        return f"{self._prefix}/{name}" if self._prefix and "/" not in name else name
+    def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with the prefix before plain names; where the objective says what its own loss is, that stays."""
+        if not self._prefix:
+            return dict(row)
+        plain = {f"{self._prefix}/{name}": value for name, value in row.items() if "/" not in name}
+        return {**plain, **{name: value for name, value in row.items() if "/" in name}}
