@@ -14,8 +14,10 @@ from meshes import run_on
 from rlhf_jax.experiment import Experiment, run
 from rlhf_jax.planning import machines
 from rlhf_jax.planning.compiling import executable, lowered
+from rlhf_jax.planning.online import EOS, PAD
+from rlhf_jax.planning.pieces import Stage
 from rlhf_jax.planning.plan import plan
-from rlhf_jax.planning.programs import EOS, PAD, Stage, stage_programs
+from rlhf_jax.planning.programs import stage_programs
 from rlhf_jax.sampling import sample
 from rlhf_jax.stages import ppo, supervised
 
@@ -49,8 +51,8 @@ def ran(tmp_path_factory):
 
             return first
 
-        def prepare(original, objective, reference, choices):
-            inner = original(objective, reference, choices)
+        def prepare(original, objective, reference, *others):
+            inner = original(objective, reference, *others)
             (compiled,) = (cell.cell_contents for cell in inner.__closure__ if hasattr(cell.cell_contents, "lower"))
 
             def first(params, rollout, score, coef):

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.planning import counts, hlo
 from rlhf_jax.planning.machines import Machine
 from rlhf_jax.planning.numbers import Numbers, continued, total_traffic
-from rlhf_jax.planning.programs import Program
+from rlhf_jax.planning.pieces import Program
 from rlhf_jax.types import PyTree
 
 WHOLE = 8

@@ -18,7 +18,7 @@ from rlhf_jax.models import Transformer
 from rlhf_jax.ops.meshes import CONTEXT
 from rlhf_jax.planning.machines import Machine
 from rlhf_jax.planning.numbers import Numbers, Traffic, device_bytes, item_bytes
-from rlhf_jax.planning.programs import Program
+from rlhf_jax.planning.pieces import Program
 from rlhf_jax.scoring import LOGITS_AT_A_TIME
 from rlhf_jax.types import PyTree, TrainState
 

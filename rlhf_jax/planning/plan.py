@@ -13,7 +13,8 @@ from rlhf_jax.planning.compiling import measured
 from rlhf_jax.planning.estimates import cache_bytes, estimated
 from rlhf_jax.planning.machines import RESERVE, Machine
 from rlhf_jax.planning.numbers import Numbers, device_bytes, roofline
-from rlhf_jax.planning.programs import Program, Stage, stage_programs
+from rlhf_jax.planning.pieces import Program, Stage
+from rlhf_jax.planning.programs import stage_programs
 from rlhf_jax.stages.ppo import Reinforce
 from rlhf_jax.stages.reward import TrainReward
 

@@ -1,0 +1,102 @@
+"""What a stage is planned as: programs with abstract arguments, and the shapes that go into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.planning.work import Work
+from rlhf_jax.sharding import Placement, with_shardings
+from rlhf_jax.training.step import init_state
+from rlhf_jax.types import PyTree, RankingBatch, TokenBatch, TrainState
+
+STEPS = 10**9
+"""Stands for a number of steps that is not known without the data; no shape depends on it."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled function and its abstract arguments.
+
+    Args:
+        name: what it does in the stage.
+        function: jitted or not.
+        arguments: abstract arrays with shardings (without, on one device).
+        placement: the mesh that it is traced for.
+        work: what it has to compute, by formula.
+        runs: executions in one step of the stage (one update, or one iteration of reinforcement learning).
+        transient: arguments that are there for this program only, by what they are; the others are the stage's.
+        parked: what of the stage's waits in the host's memory while it runs.
+        loss: ``(params, batch) -> scalar`` and its arguments for one microbatch, if it is differentiated.
+        trips: rounds of a loop that ends by its data.
+        cache: keys and values that it makes, abstract, without shardings.
+        smaller: the same program of a model with another number of repeats, where layers are not a loop in it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    placement: Placement
+    work: Work
+    runs: int = 1
+    transient: Mapping[str, PyTree] = field(default_factory=dict)
+    parked: tuple[str, ...] = ()
+    loss: tuple[Callable[..., Any], PyTree, Callable[[int], PyTree], int] | None = None
+    trips: int = 1
+    cache: PyTree = None
+    smaller: Callable[[int], Program] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as its programs, and what lies on the devices all the while.
+
+    Args:
+        name: of the stage.
+        programs: in the order in which they run.
+        resident: abstract arrays with shardings by what they are: "parameters", "optimizer", "average", "start" (what
+            training began with), "reference" and "reward".
+        tokens: of one step, which ``tokens/s`` counts.
+        counted: what these tokens are.
+    """
+
+    name: str
+    programs: tuple[Program, ...]
+    resident: Mapping[str, PyTree]
+    tokens: int
+    counted: str
+
+
+def train_state(params: PyTree, optimizer: Any, ema: bool, shardings: PyTree) -> TrainState:
+    return with_shardings(jax.eval_shape(lambda p: init_state(p, optimizer, ema=ema), params), shardings)
+
+
+def resident(state: TrainState) -> dict[str, PyTree]:
+    found = {"parameters": state.params, "optimizer": (state.opt_state, state.step)}
+    return found if state.ema is None else found | {"average": state.ema}
+
+
+def placed(tree: PyTree, placement: Placement) -> PyTree:
+    return with_shardings(tree, placement.batch(tree))
+
+
+def texts(length: int, rows: int) -> TokenBatch:
+    whole = ints(rows, length)
+    return TokenBatch(whole, whole, whole, jax.ShapeDtypeStruct((rows, length), jnp.float32))  # pyright: ignore
+
+
+def rankings(responses: int, length: int, prompts: int) -> RankingBatch:
+    each = ints(prompts, responses)
+    return RankingBatch(ints(prompts, responses, length), each, each)
+
+
+def ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def random_key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
