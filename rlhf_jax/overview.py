@@ -22,6 +22,7 @@ from rlhf_jax.experiment import AnyStage, Experiment
 from rlhf_jax.models import ScalarModel, Transformer, abstract_params, count_params, empty_cache
 from rlhf_jax.stages.plans import stage_plan
 from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.preference import PreferenceTune
 from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.training.step import init_state
 from rlhf_jax.types import PyTree
@@ -66,7 +67,7 @@ def stage_size(stage: AnyStage, model: Transformer) -> StageSize:
     optimizer = train.optimizer.build(LONG if steps is None else steps)
     shapes = abstract_params(trained)
     state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=train.ema_decay is not None), shapes)
-    of = "prompts" if scalar else "rows"
+    of = "prompts" if scalar or isinstance(stage, PreferenceTune) else "rows"
     micro = f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""
     words = f"{train.batch} {of} x {train.length} tokens{micro}"
     return StageSize(count_params(trained), steps, tokens, tree_bytes(state), 0, 0, words)
@@ -75,7 +76,7 @@ def stage_size(stage: AnyStage, model: Transformer) -> StageSize:
 def _reinforcement_size(stage: Reinforce, model: Transformer) -> StageSize:
     scalar = ScalarModel(model.clone(parent=None))
     policy, critic = abstract_params(model), abstract_params(scalar)
-    trained = critic if stage.critic == "shared" else {"policy": policy, "critic": critic}
+    trained = {"shared": critic, None: policy}.get(stage.critic, {"policy": policy, "critic": critic})
     optimizer = stage.optimizer.build(stage.updates)
     state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=stage.ema_decay is not None), trained)
     width = stage.prompt_length + stage.sampling.max_new_tokens

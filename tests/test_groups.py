@@ -133,6 +133,7 @@ def test_moments_of_ragged_groups_are_those_of_plain_python(of, variance):
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e6])
 def test_equal_scores_have_no_advantage_however_small_epsilon_is(value, of):
     scores = jnp.full((2, 7), value)
+    assert not groups.moments(scores, of=of)[1].any()
     assert not groups.group_advantages(scores, baseline=of, scale=of, epsilon=1e-12).any()
     # the winner's rest is flat: its difference is kept as it is
     lifted = scores.at[0, 0].add(1.0)

@@ -208,8 +208,7 @@ def _over_last(x: Float[Array, "..."], mask: Bool[Array, "..."], one_less: bool)
     high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=-1)
     equal = high <= jnp.min(jnp.where(mask, x, jnp.inf), axis=-1)  # also where nothing exists
     mean = jnp.sum(jnp.where(mask, x, 0), axis=-1) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(mask, jnp.square(x - mean[..., None]), 0), axis=-1)
-    std = jnp.sqrt(squares / jnp.maximum(count - one_less, 1))
     # A rounded mean of equal scores would give them a deviation, and all of them an advantage.
     mean = jnp.where(equal, jnp.where(count > 0, high, 0), mean)
-    return mean, jnp.where(equal, 0, std)
+    squares = jnp.sum(jnp.where(mask, jnp.square(x - mean[..., None]), 0), axis=-1)
+    return mean, jnp.sqrt(squares / jnp.maximum(count - one_less, 1))

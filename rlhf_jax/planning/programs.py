@@ -17,11 +17,25 @@ from rlhf_jax.experiment import AnyStage
 from rlhf_jax.models import ScalarModel, Transformer, abstract_params
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.reward import RewardModel
+from rlhf_jax.objectives.unpaired import Unpaired
 from rlhf_jax.planning import work
 from rlhf_jax.planning.online import reinforcement
-from rlhf_jax.planning.pieces import STEPS, Program, Stage, placed, random_key, rankings, resident, texts, train_state
+from rlhf_jax.planning.pieces import (
+    STEPS,
+    Program,
+    Stage,
+    labels,
+    placed,
+    preferences,
+    random_key,
+    rankings,
+    resident,
+    texts,
+    train_state,
+)
 from rlhf_jax.sharding import Placement, with_shardings
 from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.preference import PreferenceTune
 from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.training.step import make_train_step
 
@@ -46,6 +60,11 @@ def stage_programs(
         objective = RewardModel(trained, normalise=stage.normalise, centre_coef=stage.centre_coef, name=stage.name)
         rows, tokens = functools.partial(rankings, responses, train.length), train.batch * responses * train.length
         forward = work.reading(model, train.batch * responses, train.length)
+    elif isinstance(stage, PreferenceTune):
+        trained, objective, sequences = model, stage.objective(model), stage.sequences(responses)
+        made = labels if isinstance(objective, Unpaired) else preferences
+        rows, tokens = functools.partial(made, sequences, train.length), train.batch * sequences * train.length
+        forward = work.reading(model, train.batch * sequences, train.length, unembedded=tokens)
     else:
         trained = model
         objective = LanguageModel(model, name=stage.name, mean=getattr(stage, "mean", "token"))

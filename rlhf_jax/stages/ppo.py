@@ -1,4 +1,4 @@
-"""The stage that optimises a policy with PPO against a learned reward or one in plain Python, with PPO-ptx."""
+"""The stage that optimises a policy against a learned reward or one in plain Python: PPO, group methods, PPO-ptx."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ScalarModel, Transformer, init_params
+from rlhf_jax.objectives.critic_free import GroupOptimization, PolicyAlone
+from rlhf_jax.objectives.group import GroupPolicy
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic, SharedCritic
 from rlhf_jax.objectives.ppo import PPO
@@ -55,7 +57,7 @@ class Ptx:
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce:
-    """PPO from a fine-tuned policy.
+    """PPO from a fine-tuned policy, or a method without a critic.
 
     One iteration samples ``prompts_per_iteration * sampling.samples_per_prompt`` responses (the rollout) and makes
     ``epochs * rollout / minibatch`` updates.
@@ -64,11 +66,11 @@ class Reinforce:
         policy: the stage or path of the language model to start from; it is also the reference.
         reward: the stage or path of a reward model, or a reward in plain Python.
         critic: ``reward`` starts it from the reward model, ``policy`` from the policy's trunk with a head of zeros,
-            ``shared`` is a head of zeros on the policy's own trunk.
+            ``shared`` is a head of zeros on the policy's own trunk; None is for group methods, which have none.
         prompts: what is answered.
         prompt_length: longest prompt in tokens.
         sampling: how responses are drawn.
-        ppo: the algorithm's choices.
+        ppo: the algorithm's choices; with ``critic=None`` those of a group method.
         optimizer: its ``groups`` may give policy and critic learning rates of their own.
         ptx: pretraining gradients; None for plain PPO.
         ema_decay: of an average of the weights (InstructGPT: 0.992), which then is what the stage leaves.
@@ -85,11 +87,11 @@ class Reinforce:
 
     policy: str = "sft"
     reward: str | Gold = "reward"
-    critic: Literal["reward", "policy", "shared"] = "reward"
+    critic: Literal["reward", "policy", "shared"] | None = "reward"
     prompts: tuple[Source, ...]
     prompt_length: int
     sampling: Sampling
-    ppo: PPO
+    ppo: PPO | GroupPolicy
     optimizer: Optimizer
     iterations: int
     prompts_per_iteration: int
@@ -109,8 +111,16 @@ class Reinforce:
     name: str = "ppo"
 
     def __post_init__(self):
-        if self.critic not in ("reward", "policy", "shared"):
-            raise UserError(f"critic={self.critic!r}", at=self.name, expected="'reward', 'policy' or 'shared'")
+        if self.critic not in ("reward", "policy", "shared", None):
+            raise UserError(f"critic={self.critic!r}", at=self.name, expected="'reward', 'policy', 'shared' or None")
+        if (self.critic is None) != isinstance(self.ppo, GroupPolicy):
+            raise UserError(f"critic={self.critic!r} with ppo={type(self.ppo).__name__}(...)", at=self.name,
+                            expected="critic=None with a GroupPolicy, and a critic with PPO",
+                            fix="change one of them")  # fmt: skip
+        if isinstance(self.ppo, GroupPolicy) and self.ppo.needs_groups and self.sampling.samples_per_prompt < 2:
+            raise UserError(f"samples_per_prompt={self.sampling.samples_per_prompt}", at=f"{self.name}.sampling",
+                            expected="at least 2 responses to compare",
+                            fix="raise it, or take a baseline that needs no group")  # fmt: skip
         if self.critic == "reward" and not isinstance(self.reward, str):
             raise UserError("critic='reward' without a reward model", at=self.name, fix="change critic",
                             expected="'policy' or 'shared' where the reward is plain Python")  # fmt: skip
@@ -170,7 +180,8 @@ class Reinforce:
         optimizer = self.optimizer.build(self.updates)
         shardings = placement.state(optimizer, params, objective.models.placed(placement), ema)
         state = init_state(params, optimizer, ema=ema, shardings=shardings)
-        ref_params = kept(reference.params, "reference" in self.offload)
+        compared = not isinstance(self.ppo, GroupPolicy) or self.ppo.uses_reference
+        ref_params = kept(reference.params, "reference" in self.offload) if compared else lambda: None
         judge = None if scorer is None else (scorer.model, kept(scorer.params, "reward" in self.offload))
         del reference, scorer, params  # what was parked lies on the devices no more
         prompts = self._prompts(workspace)
@@ -183,10 +194,10 @@ class Reinforce:
         program = Program(
             sample=self._sampler(workspace, objective.models),
             score=self._scorer(workspace, judge, prompts, samples),
-            prepare=_preparation(objective, ref_params, self.ppo),
+            prepare=_preparation(objective, ref_params),
             batch=self._batches(objective, placement),
             update=self._update(objective, optimizer, shardings),
-            control=lambda coef, metrics: self.ppo.kl.update(coef, metrics["kl/sequence"], self.rollout),
+            control=lambda controller, metrics: objective.control(controller, metrics, self.rollout),
             rest=rested if "optimizer" in self.offload else lambda state: state,
             wake=woken if "optimizer" in self.offload else lambda state: state,
         )
@@ -195,7 +206,7 @@ class Reinforce:
                 program,
                 Plan(iterations=self.iterations, minibatch=self.minibatch, epochs=self.epochs, streams=streams),
                 state,
-                self.ppo.kl.init(),
+                objective.start(),
                 workspace.batches(self.name, "prompts", [prompts.table.rows], self.prompts_per_iteration),
                 key=workspace.key(self.name, "train"),
                 checkpoints=Checkpoints(folder / "checkpoints", every=self.save_every),
@@ -227,9 +238,13 @@ class Reinforce:
 
     def _objective(
         self, workspace: Workspace, reference: Output, scorer: Output | None
-    ) -> tuple[PolicyOptimization, PyTree]:
+    ) -> tuple[PolicyOptimization | GroupOptimization, PyTree]:
         """The objective, and the parameters that it starts from."""
         policy = workspace.model.clone(parent=None)
+        if isinstance(self.ppo, GroupPolicy):
+            alone, rows = PolicyAlone(policy), self.rows_at_a_time
+            group = GroupOptimization(self.ppo, alone, self.sampling, rows=rows, replay=self.replay_routing)
+            return group, reference.params
         if self.critic == "reward":
             assert scorer is not None and isinstance(scorer.model, ScalarModel)
             models, critic_params = SeparateCritic(policy, scorer.model), scorer.params
@@ -243,7 +258,9 @@ class Reinforce:
         )
         return objective, models.join(reference.params, critic_params)
 
-    def _sampler(self, workspace: Workspace, models: SeparateCritic | SharedCritic) -> Callable[..., Rollout]:
+    def _sampler(
+        self, workspace: Workspace, models: SeparateCritic | SharedCritic | PolicyAlone
+    ) -> Callable[..., Rollout]:
         ids = {"eos_id": workspace.tokenizer.eos_id, "pad_id": workspace.tokenizer.pad_id}
         training, sampling = workspace.placement, self._sampling_placement(workspace.placement)
         shardings = sampling.params(models.policy)
@@ -252,7 +269,9 @@ class Reinforce:
             policy = sampling.put(models.policy_params(params), shardings)
             with sampling.active():
                 prompts = sampling.put_batch(prompts)
-                rollout = sample(models.policy, policy, prompts, self.sampling, key, step, **ids)
+                # An array knows the mesh that it was made under, so these come anew from the host.
+                key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+                rollout = sample(models.policy, policy, prompts, self.sampling, key, np.asarray(step), **ids)
             return training.put_batch(rollout)
 
         return draw
@@ -287,7 +306,7 @@ class Reinforce:
 
         return score
 
-    def _batches(self, objective: PolicyOptimization, placement: Placement) -> Callable[..., Any]:
+    def _batches(self, objective: PolicyOptimization | GroupOptimization, placement: Placement) -> Callable[..., Any]:
         def batch(experience, rows: np.ndarray, streams: Mapping[str, Any]) -> Any:
             chosen = placement.put_batch(take_rows(experience, rows))
             if self.ptx is None:
@@ -297,26 +316,28 @@ class Reinforce:
 
         return batch
 
-    def _update(self, objective: PolicyOptimization, optimizer, shardings: PyTree):
+    def _update(self, objective: PolicyOptimization | GroupOptimization, optimizer, shardings: PyTree):
         whole = objective if self.ptx is None else self._mix(objective)
         return make_train_step(
             whole.loss, optimizer, with_weights=whole.with_weights, conclude=whole.conclude,
             microbatches=self.microbatches, ema_decay=self.ema_decay, state_shardings=shardings,
         )  # fmt: skip
 
-    def _mix(self, objective: PolicyOptimization) -> PtxMix:
+    def _mix(self, objective: PolicyOptimization | GroupOptimization) -> PtxMix:
         assert self.ptx is not None
         language = LanguageModel(objective.models.policy, name="ptx")
         return PtxMix(objective, language, self.ptx.coef, self.ptx.texts_per_episode)
 
 
-def _preparation(objective: PolicyOptimization, reference: Callable[[], PyTree], ppo: PPO) -> Callable[..., Any]:
+def _preparation(
+    objective: PolicyOptimization | GroupOptimization, reference: Callable[[], PyTree]
+) -> Callable[..., Any]:
     """One compiled program from rollout to experience and its metrics; ``reference()`` gives the parameters."""
 
     @jax.jit
     def compiled(params: PyTree, ref_params: PyTree, rollout: Rollout, score, coef):
-        experience = objective.prepare(params, ref_params, rollout, score, coef)
-        return experience, ppo.rollout_metrics(experience)
+        experience: Any = objective.prepare(params, ref_params, rollout, score, coef)
+        return experience, objective.rollout_metrics(experience)
 
     def prepare(params: PyTree, rollout: Rollout, score, coef):
         return compiled(params, reference(), rollout, jnp.asarray(score), coef)
