@@ -21,6 +21,7 @@ from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.language import FineTune, Pretrain
 from rlhf_jax.stages.plans import stage_plan
 from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.preference import PreferenceTune
 from rlhf_jax.stages.reward import TrainReward
 from rlhf_jax.stages.settings import Chat, TokenizerSpec
 from rlhf_jax.stages.workspace import Monitor, Workspace
@@ -29,7 +30,7 @@ from rlhf_jax.training.signals import StopRequested
 
 log = logging.getLogger(__name__)
 
-AnyStage = Pretrain | FineTune | TrainReward | Reinforce
+AnyStage = Pretrain | FineTune | TrainReward | PreferenceTune | Reinforce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class Experiment:
         _check_model(self.model)  # pyright: ignore[reportArgumentType]
         kinds = {stage.name: type(stage) for stage in self.stages}
         for stage in self.stages:
+            if isinstance(stage, PreferenceTune):
+                _check_kind(kinds, f"stages.{stage.name}.init", stage.init, "a language model")
             if isinstance(stage, Reinforce):
                 _check_kind(kinds, f"stages.{stage.name}.policy", stage.policy, "a language model")
                 _check_kind(kinds, f"stages.{stage.name}.reward", stage.reward, "a reward model")

@@ -122,6 +122,53 @@ def sequence_scores(
     return jnp.take_along_axis(values, (lengths - 1)[:, None], axis=1)[:, 0]
 
 
+class Continuations(NamedTuple):
+    """What a language model says of sequences behind their prompts."""
+
+    logprobs: Float[Array, "B"]
+    """Summed over the tokens behind the prompt."""
+    tokens: Int[Array, "B"]
+    """How many these are."""
+    aux: Aux
+
+
+def continuation_logprobs(
+    model: Transformer,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    prompt_lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    *,
+    chunk: int | None = None,
+    dropout_key: Key | None = None,
+) -> Continuations:
+    """The log-probability in nats of what follows each prompt, its EOS included, at temperature 1.
+
+    Args:
+        model: a language model.
+        params: its parameters; differentiable.
+        tokens: prompt, then what follows, then padding.
+        prompt_lengths: tokens of the prompt. Where it is 0, the first token is given nevertheless.
+        lengths: tokens that are no padding; 0 for an empty row, which counts 0 tokens.
+        chunk: positions to unembed at a time, see ``ops.logprobs``; None for as many as ``LOGITS_AT_A_TIME`` allows.
+        dropout_key: switches dropout on.
+    """
+    context = Context.of_lengths(lengths, tokens.shape[1])
+    hidden, _, aux = _apply(model, params, tokens, context, dropout_key=dropout_key, method="hidden")
+    # Each state predicts the token behind it; the last state meets the first token, which is never counted.
+    logprobs, _ = token_logprobs(
+        hidden,
+        lambda states: _apply(model, params, states, method="unembed"),
+        jnp.roll(tokens, -1, axis=1),
+        chunk=max(1, LOGITS_AT_A_TIME // model.vocab_size) if chunk is None else chunk,
+        entropy=False,
+    )
+    slots = jnp.arange(tokens.shape[1])
+    behind = (slots >= jnp.maximum(prompt_lengths, 1)[:, None]) & (slots < lengths[:, None])
+    summed = jnp.sum(jnp.where(jnp.roll(behind, -1, axis=1), logprobs, 0.0), axis=1)
+    return Continuations(summed, jnp.sum(behind, axis=1), aux)
+
+
 def _apply(
     model: Any,
     params: PyTree,

@@ -89,6 +89,36 @@ class RankingBatch:
 
 
 @struct.dataclass
+class PreferenceBatch:
+    """Rankings as in ``RankingBatch`` for a language model to learn from: where responses begin is known.
+
+    All responses of a row follow the same prompt. ``ref_logprobs`` are sums over a response's tokens of its
+    log-probability under the reference; 0 where nobody has asked the reference.
+    """
+
+    tokens: Int[Array, "B K T"]
+    lengths: Int[Array, "B K"]
+    prompt_lengths: Int[Array, "B"]
+    ranks: Int[Array, "B K"]
+    ref_logprobs: Float[Array, "B K"]
+
+
+@struct.dataclass
+class LabelledBatch:
+    """Responses that are known to be good or bad, without another to compare them with; one a row.
+
+    ``tokens[b, 0]`` is prompt + response (+ EOS), right-padded; ``tokens[b, 1]``, where K is 2, the same prompt before
+    a response to another one. A row whose first length is 0 is empty.
+    """
+
+    tokens: Int[Array, "B K T"]
+    lengths: Int[Array, "B K"]
+    prompt_lengths: Int[Array, "B"]
+    desirable: Bool[Array, "B"]
+    ref_logprobs: Float[Array, "B K"]
+
+
+@struct.dataclass
 class PromptBatch:
     """Prompts to answer, right-padded. ``index`` is the prompt's global number, from which its random keys derive."""
 

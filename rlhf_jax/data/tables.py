@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Int
+
 from rlhf_jax.data.chat import Format, LossOn
 from rlhf_jax.data.packing import (
     Document,
@@ -43,9 +46,10 @@ class LengthReport:
 
 @dataclass(frozen=True)
 class RankingTable:
-    """All rankings of a data set as one batch, and the report."""
+    """All rankings of a data set as one batch, the length of each prompt in it, and the report."""
 
     rows: RankingBatch
+    prompt_lengths: Int[np.ndarray, " B"]
     report: LengthReport
 
 
@@ -91,26 +95,28 @@ def ranking_table(
         prompt = chat.prompt_tokens(tokenizer, record["messages"])
         responses = [chat.response_tokens(tokenizer, response) for response in record["responses"]]
         longest = len(prompt) + max(map(len, responses))
-        sequences = [prompt + response for response in responses]
+        found = prompt, responses
         if longest > width:
             if too_long == "error":
                 raise length_error(f"ranking {number}", longest, width, "'left', 'right' or 'drop'")
-            sequences = _shortened(prompt, responses, width, too_long)
-            truncated += sequences is not None
-        if sequences is None:
+            found = _shortened(prompt, responses, width, too_long)
+            truncated += found is not None
+        if found is None:
             dropped += 1
         else:
-            kept.append((sequences, record["ranks"]))
+            kept.append((*found, record["ranks"]))
     _check_some(kept, "ranking", dropped)
-    most = max(len(sequences) for sequences, _ in kept)
+    most = max(len(responses) for _, responses, _ in kept)
     tokens = full((len(kept), most, width), tokenizer.pad_id)
     lengths, ranks = full((len(kept), most), 0), full((len(kept), most), -1)
-    for row, (sequences, order) in enumerate(kept):
-        ranks[row, : len(order)] = order
-        for k, sequence in enumerate(sequences):
-            tokens[row, k, : len(sequence)] = sequence
-            lengths[row, k] = len(sequence)
-    return RankingTable(RankingBatch(tokens, lengths, ranks), LengthReport(len(kept), truncated, dropped))
+    prompt_lengths = full((len(kept),), 0)
+    for row, (prompt, responses, order) in enumerate(kept):
+        ranks[row, : len(order)], prompt_lengths[row] = order, len(prompt)
+        for k, response in enumerate(responses):
+            lengths[row, k] = len(prompt) + len(response)
+            tokens[row, k, : lengths[row, k]] = prompt + response
+    report = LengthReport(len(kept), truncated, dropped)
+    return RankingTable(RankingBatch(tokens, lengths, ranks), prompt_lengths, report)
 
 
 def prompt_table(
@@ -138,12 +144,14 @@ def prompt_table(
     return PromptTable(PromptBatch(tokens, lengths, index), tuple(record for _, record in kept), report)
 
 
-def _shortened(prompt: list[int], responses: list[list[int]], width: int, too_long: TooLong) -> list[list[int]] | None:
+def _shortened(
+    prompt: list[int], responses: list[list[int]], width: int, too_long: TooLong
+) -> tuple[list[int], list[list[int]]] | None:
     if too_long == "left":
         room = width - max(map(len, responses))
-        return [prompt[-room:] + response for response in responses] if room > 0 else None
+        return (prompt[-room:], responses) if room > 0 else None
     if too_long == "right" and len(prompt) < width:
-        return [(prompt + response)[:width] for response in responses]
+        return prompt, [response[: width - len(prompt)] for response in responses]
     return None
 
 

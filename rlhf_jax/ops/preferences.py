@@ -95,14 +95,14 @@ def kto_loss(
 
 
 def kto_baseline(log_ratio: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:
-    """``max(0, sum w r)``: the KL to the reference as KTO estimates it, in nats per response. No gradient.
+    """``max(0, sum w r)``: the KL to the reference as KTO estimates it, in nats per response.
 
     Args:
         log_ratio: of responses that belong to *other* prompts (as in the paper), or of the batch's own.
         weights: that add up to one.
     """
     chex.assert_equal_shape([log_ratio, weights])
-    return jax.lax.stop_gradient(jnp.maximum(jnp.sum(weights * log_ratio), 0.0))
+    return jnp.maximum(jnp.sum(weights * log_ratio), 0.0)
 
 
 def plackett_luce_loss(scores: Float[Array, "B K"], ranks: Int[Array, "B K"]) -> Float[Array, "B"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlhf_jax.planning.work import Work
 from rlhf_jax.sharding import Placement, with_shardings
 from rlhf_jax.training.step import init_state
-from rlhf_jax.types import PyTree, RankingBatch, TokenBatch, TrainState
+from rlhf_jax.types import LabelledBatch, PreferenceBatch, PyTree, RankingBatch, TokenBatch, TrainState
 
 STEPS = 10**9
 """Stands for a number of steps that is not known without the data; no shape depends on it."""
@@ -92,6 +92,19 @@ def texts(length: int, rows: int) -> TokenBatch:
 def rankings(responses: int, length: int, prompts: int) -> RankingBatch:
     each = ints(prompts, responses)
     return RankingBatch(ints(prompts, responses, length), each, each)
+
+
+def preferences(responses: int, length: int, prompts: int) -> PreferenceBatch:
+    """Rankings whose prompts are known, abstract."""
+    each, said = ints(prompts, responses), jax.ShapeDtypeStruct((prompts, responses), jnp.float32)
+    return PreferenceBatch(ints(prompts, responses, length), each, ints(prompts), each, said)  # pyright: ignore
+
+
+def labels(sequences: int, length: int, rows: int) -> LabelledBatch:
+    """Good and bad responses, abstract."""
+    each, said = ints(rows, sequences), jax.ShapeDtypeStruct((rows, sequences), jnp.float32)
+    good = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    return LabelledBatch(ints(rows, sequences, length), each, ints(rows), good, said)  # pyright: ignore
 
 
 def ints(*shape: int) -> Any:

@@ -16,6 +16,7 @@ from rlhf_jax.planning.numbers import Numbers, device_bytes, roofline
 from rlhf_jax.planning.pieces import Program, Stage
 from rlhf_jax.planning.programs import stage_programs
 from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.preference import PreferenceTune
 from rlhf_jax.stages.reward import TrainReward
 
 Progress = Callable[[str], None]
@@ -176,6 +177,8 @@ def _shape(stage: AnyStage, program: Program, responses: int) -> tuple[int, int]
     """Rows and tokens of one pass through a model."""
     if not isinstance(stage, Reinforce):
         rows = stage.train.batch // stage.train.microbatches
+        if isinstance(stage, PreferenceTune):
+            return rows * stage.sequences(responses), stage.train.length
         return (rows * responses if isinstance(stage, TrainReward) else rows), stage.train.length
     if program.name == "sample":
         return stage.prompts_per_iteration, stage.prompt_length

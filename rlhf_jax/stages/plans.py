@@ -5,10 +5,11 @@ from __future__ import annotations
 from rlhf_jax.models import Plan, Transformer, plan
 from rlhf_jax.stages.language import FineTune, Pretrain
 from rlhf_jax.stages.ppo import Reinforce
+from rlhf_jax.stages.preference import PreferenceTune
 from rlhf_jax.stages.reward import TrainReward
 
 
-def stage_plan(stage: Pretrain | FineTune | TrainReward | Reinforce, model: Transformer) -> Plan:
+def stage_plan(stage: Pretrain | FineTune | TrainReward | PreferenceTune | Reinforce, model: Transformer) -> Plan:
     """The implementations that the layers of one stage get on this device, see ``models.plan``.
 
     A stage that never samples has no "prefill" and "decode".
@@ -16,6 +17,6 @@ def stage_plan(stage: Pretrain | FineTune | TrainReward | Reinforce, model: Tran
     if isinstance(stage, Reinforce):
         return plan(model, stage.minibatch // stage.microbatches, stage.prompt_length + stage.sampling.max_new_tokens)
     train = stage.train
-    packed = not isinstance(stage, TrainReward)
+    packed = not isinstance(stage, TrainReward | PreferenceTune)
     found = plan(model, max(1, train.batch // train.microbatches), train.length, packed=packed)
     return {layer: {"training": uses["training"]} for layer, uses in found.items()}
