@@ -24,6 +24,7 @@ from rlhf_jax.models import MLP, Attention, Block, Transformer
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.ops.kl import AdaptiveKL
 from rlhf_jax.sampling import Sampling
+from rlhf_jax.sharding import Layout
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.language import FineTune
 from rlhf_jax.stages.ppo import Reinforce
@@ -56,6 +57,7 @@ def config() -> Experiment:
         name="processes",
         tokenizer=CharTokenizer(TASK.alphabet),
         chat=PLAIN,
+        layout=Layout(fsdp=2),  # so that processes hold different parts of the parameters
         model=Transformer(
             vocab_size=24, d_model=16, pattern=(Block(Attention(heads=2), MLP(32)),), max_length=16, init_std=0.1
         ),

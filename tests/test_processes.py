@@ -117,7 +117,7 @@ def test_a_signal_to_one_of_four_stops_all_after_the_same_step(alone, tmp_path):
 def test_an_error_is_one_error_in_every_process(alone, tmp_path):
     said = run(tmp_path / "layout", 2, "--set", "layout.data=3", expected=USAGE)
     for process in (0, 1):
-        assert f"[{process}] error: layout: data=3 is a mesh of 3 devices, and there are 2" in said
+        assert f"[{process}] error: layout: data=3 x fsdp=2 is a mesh of 6 devices, and there are 2" in said
     assert not (tmp_path / "layout").exists()
     said = run(alone, 2, expected=USAGE)
     for process in (0, 1):
