@@ -12,7 +12,8 @@ A variant is an entry of ``VARIANTS``: the blocks of the model, and how it knows
 Gated units are mixer and feed-forward in one, so that two of them stand for one pair of attention and feed-forward. The
 windows, strides and chunks end inside the rows, which have 24 tokens (walks) and 48 (market). Hardware: two CPU cores,
 about a minute a variant on the walks and two on the market. Found (docs/attention.md): on the walks every variant comes
-within 0.06 of the best, 0.93 to 0.99; on the market short windows and strides fail; ``ppo/first_ratio_deviation`` is below 1e-5.
+within 0.06 of the best, 0.93 to 0.99; on the market short windows and strides fail; ``ppo/first_ratio_deviation`` is
+below 1e-5 everywhere.
 """
 
 import dataclasses
