@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from test_metrics_table import documented
 from tiny_experiment import TASK, config, training
 
 from rlhf_jax import config as values
@@ -57,8 +58,17 @@ def test_training_begins_at_the_reference(finished):
     assert rows["dpo"][-1]["dpo/margin"] != 0
     first = next(row for row in rows["kto"] if row["step"] == 1)
     np.testing.assert_allclose([first["kto/loss"], first["kto/baseline"]], [0.5, 0], atol=1e-5)
-    # Nothing is preferred to anything before the first step: every pair is half right, but for rounding.
-    assert 0 <= rows["dpo"][0]["dpo/heldout_accuracy"] <= 1 and "kto/heldout_accuracy" in rows["kto"][-1]
+    for stage in ("dpo", "kto"):
+        assert rows[stage][0]["step"] == 0 and 0 <= rows[stage][0][f"{stage}/heldout_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "others"), [("dpo", {"baseline", "desirable"}), ("kto", {"sft_loss", "accuracy", "pairs"})]
+)
+def test_every_logged_metric_is_documented(finished, stage, others):
+    logged = {name for row in read_metrics(finished / stage / "metrics.jsonl") for name in row} - {"step"}
+    names = {name.replace("STAGE", stage) for name in documented("Preferences")}
+    assert logged == names - {f"{stage}/{name}" for name in others}
 
 
 def test_experiment_reads_back_is_shown_and_is_planned():
