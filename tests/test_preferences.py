@@ -132,12 +132,12 @@ def test_kto_against_plain_python():
 def test_kto_pulls_good_responses_up_and_bad_ones_down_but_not_its_baseline():
     def total(ratio):
         baseline = kto_baseline(ratio, jnp.full(2, 0.5))
-        return jnp.sum(kto_loss(ratio, jnp.asarray([True, False]), baseline))
+        return jnp.sum(kto_loss(ratio, jnp.asarray([True, False]), baseline, desirable_weight=2.0))
 
     up, down = jax.grad(total)(jnp.asarray([1.0, 2.0]))
     z = 1.5  # d/dr of 1 - sigmoid(b (r - z)) is -b s (1 - s), with z held
     s = sigma(0.1 * (1.0 - z))
-    np.testing.assert_allclose([up, down], [-0.1 * s * (1 - s), 0.1 * s * (1 - s)], rtol=1e-5)
+    np.testing.assert_allclose([up, down], [-0.2 * s * (1 - s), 0.1 * s * (1 - s)], rtol=1e-5)
 
 
 def test_kto_baseline_is_a_mean_that_is_not_negative():
