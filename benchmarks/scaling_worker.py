@@ -37,7 +37,7 @@ from rlhf_jax.objectives.policy import SeparateCritic
 from rlhf_jax.objectives.presets import instructgpt
 from rlhf_jax.planning import counts, hlo
 from rlhf_jax.planning.machines import DEVICES
-from rlhf_jax.planning.programs import PAD, Program, stage_programs
+from rlhf_jax.planning.programs import stage_programs
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.sharding import Layout, Placement
 from rlhf_jax.stages.language import FineTune
@@ -48,7 +48,7 @@ from rlhf_jax.training.reinforcement import take_rows
 from rlhf_jax.training.step import init_state
 from rlhf_jax.types import PromptBatch, PyTree, TokenBatch
 
-STEPS = 10_000
+STEPS, PAD = 10_000, 0
 OPTIMIZER = Optimizer(1e-4, weight_decay=0.1)
 Round = Callable[[int], dict[str, Any]]
 """Runs so many times; seconds of each phase of one run, and how many tokens it was about."""
@@ -140,9 +140,9 @@ def training(point: Point, model: Transformer, placement: Placement, devices: An
     return run, facts | {"flops": {"step": program.work.flops}, "attention_flops": program.work.attention}
 
 
-def compiled(program: Program, arguments: tuple[Any, ...], placement: Placement) -> tuple[Any, dict[str, Any]]:
+def compiled(program: Any, arguments: tuple[Any, ...], placement: Placement) -> tuple[Any, dict[str, Any]]:
     """The executable; its bytes on one device, and what one device sends in one run, by kind of collective."""
-    executable = program.function.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    executable = program.function.lower(*arguments).compile()
     memory, sent = executable.memory_analysis(), {}
     if placement.devices > 1:
         for each in counts.count(hlo.parse(executable.as_text(), program.trips), placement.devices).collectives:
@@ -220,6 +220,8 @@ def reinforcement(point: Point, model: Transformer, placement: Placement, device
         del start
     with folded.active():
         prompts = asked(point, model, folded)
+    # Of the KL's coefficient; no time depends on its value.
+    controller = jax.tree.map(lambda x: jnp.full(x.shape, 0.02, x.dtype), programs["prepare"].arguments[4])
     turn = 0
 
     def iteration() -> tuple[dict[str, float], int]:
@@ -238,8 +240,7 @@ def reinforcement(point: Point, model: Transformer, placement: Placement, device
         with placement.active():
             rollout = done(placement.put_batch(rollout))
             score = done(programs["score"].function(judge, rollout))
-            coef = jnp.float32(0.02)
-            experience, _ = done(programs["prepare"].function(state.params, reference, rollout, score, coef))
+            experience, _ = done(programs["prepare"].function(state.params, reference, rollout, score, controller))
             order = np.random.default_rng(turn).permutation(point.rows)
             for chosen in order.reshape(-1, point.minibatch):
                 batch = placement.put_batch(take_rows(experience, chosen))

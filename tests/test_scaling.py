@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import scaling  # noqa: E402
 import scaling_report as report  # noqa: E402
 import scaling_worker as worker  # noqa: E402
+from scaling_plots import cpu_panels, gpu_panels  # noqa: E402
 from scaling_points import SIZES, Point, cpu_groups, gpu_groups, shrunk  # noqa: E402
 
 from rlhf_jax.models import count_params  # noqa: E402
@@ -113,13 +114,16 @@ def measured(cpu: bool) -> dict:
 
 @pytest.mark.parametrize("cpu", [True, False])
 def test_tables_and_pictures(cpu, tmp_path):
-    report.write(measured(cpu), tmp_path / "scaling")
+    found = measured(cpu)
+    report.write(found, tmp_path / "scaling")
     text = (tmp_path / "scaling.md").read_text()
     assert "failed: toy, 4 x 32, one device: failed: out of memory" in text and "- the rest" in text
     assert ("share the same cores" in text) == cpu and ("busy with other work" in text) == cpu
     if not cpu:
         # 1e12 FLOPs in 1.5 s of a peak of 1e13: 6.7 %.
         assert "| 6.7 | 6.7 |" in text and "50 %: missed" in text and "| update | 0.500 | 25 | 20 |" in text
+    rows = [each for each in found["rows"] if each["reason"] is None]
+    assert len((cpu_panels if cpu else gpu_panels)(rows, found)) == (6 if cpu else 3)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
