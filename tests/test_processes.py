@@ -18,7 +18,7 @@ from rlhf_jax import processes
 from rlhf_jax.cli import launch
 from rlhf_jax.data.pipelines import Rows
 from rlhf_jax.errors import MISSING_INPUT, PEER_LOST, PREEMPTED, USAGE, UserError
-from rlhf_jax.training.durable import verify_folder
+from rlhf_jax.training.durable import MANIFEST, verify_folder
 from rlhf_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,8 +62,11 @@ def assert_same_rows(folder: Path, other: Path, stage: str, steps: int = ITERATI
 
 
 def steps_saved(folder: Path) -> list[int]:
-    """Of all checkpoints, which must be whole."""
+    """Of all checkpoints, which must be whole, with a checksum of every file that any process wrote."""
     found = sorted(folder.iterdir())
+    for path in found:
+        there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        assert there == {MANIFEST, *json.loads((path / MANIFEST).read_text())["files"]}
     return [verify_folder(path)["step"] for path in found]
 
 

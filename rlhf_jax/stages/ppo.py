@@ -270,8 +270,9 @@ class Reinforce:
             with sampling.active():
                 prompts = sampling.put_batch(prompts)
                 # An array knows the mesh that it was made under, so these come anew from the host.
-                key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)), impl=jax.random.key_impl(key))
-                rollout = sample(models.policy, policy, prompts, self.sampling, key, np.asarray(step), **ids)
+                bits = jnp.asarray(np.asarray(jax.random.key_data(key)))
+                key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))
+                rollout = sample(models.policy, policy, prompts, self.sampling, key, int(step), **ids)
             return training.put_batch(rollout)
 
         return draw
