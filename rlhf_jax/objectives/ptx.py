@@ -6,6 +6,7 @@ https://arxiv.org/abs/2203.02155. Both terms are means here, over response token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 from flax import struct
@@ -69,13 +70,13 @@ class PtxMix:
         text = self.language.with_weights(_flat(batch.text))
         episodes = batch.experience.tokens.shape[0]
         return PtxBatch(
-            self.reinforcement.with_weights(batch.experience),
+            self.reinforcement.with_weights(cast(Any, batch.experience)),
             jax.tree.map(lambda x: x.reshape(episodes, -1, *x.shape[1:]), text),
         )
 
     def loss(self, params: PyTree, batch: PtxBatch, key: Key | None) -> tuple[Float[Array, ""], Metrics]:
         """Sum of both terms and the metrics of both."""
-        loss, metrics = self.reinforcement.loss(params, batch.experience, key)
+        loss, metrics = self.reinforcement.loss(params, cast(Any, batch.experience), key)
         policy = self.reinforcement.models.policy_params(params)
         text_loss, text_metrics = self.language.loss(policy, _flat(batch.text), key)
         loads = {name: metrics[name] + text_metrics[name] for name in (LOAD,) if name in text_metrics}
