@@ -103,10 +103,12 @@ def _bars(axis: Any, groups: list[str], series: list[tuple[str, str, list[float 
         at = [i + (number - (len(series) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
         there = [value for value in values if value is not None]
         bars = axis.bar(at, there, 0.92 * width, color=colour, label=label)
-        axis.bar_label(bars, [f"{value:.3g}" for value in there], fontsize=6.5, padding=1)
+        axis.bar_label(
+            bars, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in there], fontsize=6.5, padding=1
+        )
     axis.set_xticks(range(len(groups)), groups)
-    axis.margins(y=0.15)
-    axis.legend(fontsize=7, frameon=False)
+    axis.margins(y=0.45 if len(series) > 2 else 0.2)
+    axis.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def _first(rows: list[Row], **fields: Any) -> Row | None:
