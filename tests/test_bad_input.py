@@ -227,7 +227,7 @@ def test_a_tokenizer_without_an_end_of_sequence(folder, capsys):
         ("stages.sft.init=nowhere", ["stages.sft.init", "'nowhere' is neither a stage", "pretrain, sft, reward, ppo"]),
         ("stages.ppo.ppo.clip=-0.1", ["stages.ppo.ppo.clip", "clip is -0.1", "above 0"]),
         ("stages.ppo.minibatch=3", ["stages.ppo.minibatch", "minibatch=3 does not divide 2"]),
-        ("stages.ppo.critic=none", ["stages.ppo.critic", "'none'", "reward, policy, shared"]),
+        ("stages.ppo.critic=nobody", ["stages.ppo.critic", "'nobody'", "reward, policy, shared"]),
         ("stages.ppo.policy=reward", ["stages.ppo.policy", "trains a reward model", "a language model"]),
         ("stages.ppo.sampling.temperature=0", ["temperature", "0.0", "a positive number"]),
         (

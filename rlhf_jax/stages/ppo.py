@@ -272,7 +272,8 @@ class Reinforce:
                 # An array knows the mesh that it was made under, so these come anew from the host.
                 bits = jnp.asarray(np.asarray(jax.random.key_data(key)))
                 key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key))
-                rollout = sample(models.policy, policy, prompts, self.sampling, key, int(step), **ids)
+                step = jnp.asarray(np.asarray(step))
+                rollout = sample(models.policy, policy, prompts, self.sampling, key, step, **ids)
             return training.put_batch(rollout)
 
         return draw
