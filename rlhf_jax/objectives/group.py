@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.objectives.group_experience import GroupExperience
 from rlhf_jax.objectives.ppo import Whitening
+from rlhf_jax.objectives.surrogate import policy_terms
 from rlhf_jax.ops import groups, losses, returns
 from rlhf_jax.ops import kl as kl_ops
 from rlhf_jax.ops.groups import Correction, MovingAverage
@@ -220,34 +221,17 @@ class GroupPolicy:
 
         Metrics as those of ``PPO.policy_loss``, over all tokens, also those that are not learned from.
         """
-        mask, weights = experience.response_mask, experience.weights
+        mask = experience.response_mask
         chex.assert_equal_shape([logprobs, entropy, mask])
         # Where there is no token the ratio is 1 exactly, so that no gradient, NaN included, comes from padding.
         logprobs, entropy = jnp.where(mask, logprobs, experience.logprobs), jnp.where(mask, entropy, 0)
         log_ratio = groups.sequence_log_ratio(logprobs, experience.logprobs, mask, self.ratio)
         ratio = losses.importance_ratio(log_ratio, jnp.zeros_like(log_ratio), self.ratio_clamp)
-        surrogate = losses.clipped_policy_loss(ratio, experience.advantages, self.clip, self.clip_high, self.dual_clip)
-        if experience.correction is not None:
-            surrogate = surrogate * experience.correction
-        loss = policy_loss = jnp.sum(weights * surrogate)
-        clipped = losses.policy_is_clipped(ratio, experience.advantages, self.clip, self.clip_high)
-        per_token = {
-            "ppo/clip_fraction": clipped,
-            "ppo/approx_kl": experience.logprobs - logprobs,
-            "ppo/ratio_mean": ratio,
-            "ppo/entropy": entropy,
-        }
-        metrics = {name: jnp.sum(experience.token_weights * x) for name, x in per_token.items()}
-        metrics["ppo/policy_loss"] = policy_loss
-        metrics["ppo/ratio_max_deviation"] = jnp.max(jnp.abs(ratio - 1))
+        kl = None
         if self.uses_reference and self.kl_placement == "loss":
             assert experience.ref_logprobs is not None
             kl = self._kl(logprobs, jnp.where(mask, experience.ref_logprobs, logprobs))
-            metrics["ppo/kl_loss"] = jnp.sum(weights * kl * experience.kl_coef[:, None])
-            loss = loss + metrics["ppo/kl_loss"]
-        if self.entropy_coef != 0:
-            loss = loss - self.entropy_coef * jnp.sum(weights * entropy)
-        return loss, jax.lax.stop_gradient(metrics)
+        return policy_terms(self, experience, ratio, logprobs, entropy, kl=kl, factor=experience.correction)
 
     def rollout_metrics(self, experience: GroupExperience, samples_per_prompt: int) -> Metrics:
         """What a rollout was like, before any update: means over its tokens, rows or groups."""

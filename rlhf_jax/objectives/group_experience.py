@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.objectives.surrogate import as_rollout
 from rlhf_jax.types import Rollout
 
 
@@ -39,14 +39,4 @@ class GroupExperience:
     @property
     def rollout(self) -> Rollout:
         """The rows as a rollout, for the scorer."""
-        return Rollout(
-            tokens=self.tokens,
-            prompt_lengths=self.prompt_lengths,
-            response_mask=self.response_mask,
-            logprobs=self.logprobs,
-            finished=self.finished,
-            index=self.index,
-            policy_step=jnp.max(self.policy_step),
-            routing=self.routing,
-            temperature=self.temperature,
-        )
+        return as_rollout(self)

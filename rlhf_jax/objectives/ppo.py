@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.objectives.surrogate import as_rollout, policy_terms
 from rlhf_jax.ops import kl as kl_ops
 from rlhf_jax.ops import losses, returns
 from rlhf_jax.ops.kl import FixedKL, KLController
@@ -55,17 +56,7 @@ class Experience:
     @property
     def rollout(self) -> Rollout:
         """The rows as a rollout, for the scorer."""
-        return Rollout(
-            tokens=self.tokens,
-            prompt_lengths=self.prompt_lengths,
-            response_mask=self.response_mask,
-            logprobs=self.logprobs,
-            finished=self.finished,
-            index=self.index,
-            policy_step=jnp.max(self.policy_step),
-            routing=self.routing,
-            temperature=self.temperature,
-        )
+        return as_rollout(self)
 
 
 @dataclass(frozen=True)
@@ -243,30 +234,15 @@ class PPO:
         ``ppo/ratio_max_deviation`` is the largest ``|ratio - 1|``; over several microbatches it adds up to an upper
         bound of that.
         """
-        mask, weights = experience.response_mask, experience.weights
+        mask = experience.response_mask
         chex.assert_equal_shape([logprobs, entropy, mask])
         # Where there is no token the ratio is 1 exactly, so that no gradient, NaN included, comes from padding.
         logprobs, entropy = jnp.where(mask, logprobs, experience.logprobs), jnp.where(mask, entropy, 0)
         ratio = losses.importance_ratio(logprobs, experience.logprobs, self.ratio_clamp)
-        surrogate = losses.clipped_policy_loss(ratio, experience.advantages, self.clip, self.clip_high, self.dual_clip)
-        loss = policy_loss = jnp.sum(weights * surrogate)
-        clipped = losses.policy_is_clipped(ratio, experience.advantages, self.clip, self.clip_high)
-        per_token = {
-            "ppo/clip_fraction": clipped,
-            "ppo/approx_kl": experience.logprobs - logprobs,
-            "ppo/ratio_mean": ratio,
-            "ppo/entropy": entropy,
-        }
-        metrics = {name: jnp.sum(experience.token_weights * x) for name, x in per_token.items()}
-        metrics["ppo/policy_loss"] = policy_loss
-        metrics["ppo/ratio_max_deviation"] = jnp.max(jnp.abs(ratio - 1))
+        kl = None
         if self.kl_placement == "loss":
             kl = self._kl(logprobs, jnp.where(mask, experience.ref_logprobs, logprobs))
-            metrics["ppo/kl_loss"] = jnp.sum(weights * kl * experience.kl_coef[:, None])
-            loss = loss + metrics["ppo/kl_loss"]
-        if self.entropy_coef != 0:
-            loss = loss - self.entropy_coef * jnp.sum(weights * entropy)
-        return loss, jax.lax.stop_gradient(metrics)
+        return policy_terms(self, experience, ratio, logprobs, entropy, kl=kl)
 
     def value_loss(self, values: Float[Array, "B N"], experience: Experience) -> tuple[Float[Array, ""], Metrics]:
         """Clipped value loss summed under the weights, not yet times ``value_coef``."""
