@@ -14,8 +14,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import Transformer, join_lower, split_lower
 from rlhf_jax.objectives.group import GroupPolicy
 from rlhf_jax.objectives.ppo import PPO
-from rlhf_jax.objectives.trimmed import rising
-from rlhf_jax.rewards.base import Reward, check_reward, has_steps, models_of
+from rlhf_jax.rewards.base import Reward, models_of
 from rlhf_jax.rewards.plain import OnError
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import Layout, Placement
@@ -25,8 +24,9 @@ from rlhf_jax.stages.freezing import check_shared, completed, parted
 from rlhf_jax.stages.judging import check_rewards, judge_of, jury, load_models, ready
 from rlhf_jax.stages.language import check_length, text_rows
 from rlhf_jax.stages.learners import Objective, batches, begin, preparation, update_step
-from rlhf_jax.stages.offloading import OFFLOADABLE, kept, rested, woken
+from rlhf_jax.stages.offloading import kept, rested, woken
 from rlhf_jax.stages.outputs import Output
+from rlhf_jax.stages.reinforce_checks import check_fields, check_placement
 from rlhf_jax.stages.responses import Prompts, read_prompts
 from rlhf_jax.stages.rollouts import Draw, Judge, narrowed, sampler
 from rlhf_jax.stages.samples import SampleLog
@@ -138,67 +138,10 @@ class Reinforce:
     name: str = "ppo"
 
     def __post_init__(self):
-        if self.critic not in ("reward", "policy", "shared", None):
-            raise UserError(f"critic={self.critic!r}", at=self.name, expected="'reward', 'policy', 'shared' or None")
-        if (self.critic is None) != isinstance(self.ppo, GroupPolicy):
-            raise UserError(f"critic={self.critic!r} with ppo={type(self.ppo).__name__}(...)", at=self.name,
-                            expected="critic=None with a GroupPolicy, and a critic with PPO",
-                            fix="change one of them")  # fmt: skip
-        if isinstance(self.ppo, GroupPolicy) and self.ppo.needs_groups and self.sampling.samples_per_prompt < 2:
-            raise UserError(f"samples_per_prompt={self.sampling.samples_per_prompt}", at=f"{self.name}.sampling",
-                            expected="at least 2 responses to compare",
-                            fix="raise it, or take a baseline that needs no group")  # fmt: skip
-        check_reward(self.reward, f"stages.{self.name}.reward")
-        if self.gold is not None:
-            check_reward(self.gold, f"stages.{self.name}.gold")
-        if self.cost is not None:
-            self.cost.check_stage(self)
-        if self.turns is not None:
-            self.turns.check_stage(self)
-        if self.on_error not in ("stop", "drop"):
-            raise UserError(f"on_error={self.on_error!r}", at=self.name, expected="'stop' or 'drop'", fix="correct it")
-        if has_steps(self.reward) and isinstance(self.ppo, GroupPolicy) and self.ppo.process == "none":
-            raise UserError("a reward of steps with process='none'", at=f"{self.name}.ppo",
-                            expected="a method that reads rewards of steps",
-                            fix="set process='group' (DeepSeekMath), or take PPO")  # fmt: skip
-        if self.critic == "reward" and not self._scalars:
-            raise UserError("critic='reward' without a reward model", at=self.name, fix="change critic",
-                            expected="'policy' or 'shared' where the reward is plain Python")  # fmt: skip
-        if self.replay_routing and not self.sampling.record_routing:
-            raise UserError("replay_routing=True without recorded routing", at=self.name,
-                            expected="sampling=Sampling(record_routing=True)",
-                            fix="set it, or leave replay out")  # fmt: skip
-        for name, fine, expected in (
-            ("more_batches", self.more_batches == 0 or isinstance(self.ppo, GroupPolicy), "0 without a GroupPolicy"),
-            ("more_batches", self.more_batches >= 0, "0 or more"),
-            ("critic_warmup", self.critic_warmup == 0 or self.critic in ("reward", "policy"),
-             "0 without a critic of its own (critic='reward' or 'policy')"),
-            ("prompt_widths", rising(self.prompt_widths), "positive numbers of tokens, rising"),
-            ("prompt_widths", not (self.prompt_widths and (self.more_batches or self.turns)),
-             "() with more_batches or turns, which join rollouts of one width"),
-            ("update_lengths", rising(self.update_lengths), "positive numbers of tokens, rising"),
-            ("critic_warmup", 0 <= self.critic_warmup <= self.iterations, "from 0 to the number of iterations"),
-        ):  # fmt: skip
-            if not fine:
-                raise UserError(f"{name}={getattr(self, name)}", at=self.name, expected=expected, fix="change it")
-        for name in self.offload:
-            if name not in OFFLOADABLE:
-                raise UserError(f"offload={name!r}", at=self.name, expected=f"some of {', '.join(OFFLOADABLE)}",
-                                fix="correct it")  # fmt: skip
-        for name in ("iterations", "prompts_per_iteration", "minibatch", "microbatches", "epochs", "save_every",
-                     "samples_every", "prompt_length"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}", at=self.name, expected="at least 1", fix="raise it")
-        for part, whole in (("minibatch", self.rollout), ("microbatches", self.minibatch)):
-            if whole % getattr(self, part):
-                raise UserError(
-                    f"{part}={getattr(self, part)} does not divide {whole}", at=self.name,
-                    expected="a divisor of the rollout (prompts_per_iteration * samples_per_prompt), and microbatches "
-                    "a divisor of the minibatch", fix="change one of them",
-                )  # fmt: skip
+        check_fields(self)
 
     @property
-    def _scalars(self) -> list[str]:
+    def scalars(self) -> list[str]:
         """Stages or paths of the reward models in ``reward``."""
         return [reference for reference, kind in models_of(self.reward) if kind == "scalar"]
 
@@ -246,7 +189,7 @@ class Reinforce:
             self.cost.check(self, workspace, prompts)
         if self.turns is not None:
             self.turns.check(self, workspace, prompts)
-        self._check_placement(workspace.placement)
+        check_placement(self, workspace.placement)
         if self.ptx is not None:
             check_length(workspace, self.ptx.length, self.name)
             text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
@@ -262,7 +205,7 @@ class Reinforce:
         judges = load_models([*rewards, *costs], workspace, f"{at}.reward")
         if self.cost is not None:
             self.cost.check_output(judges, self.name)
-        scorer = judges[self._scalars[0]] if self._scalars else None
+        scorer = judges[self.scalars[0]] if self.scalars else None
         placement, ema = workspace.placement, self.ema_decay is not None
         objective, params = begin(self, workspace, policy, scorer, judges)
         optimizer = self.transformation
@@ -328,7 +271,7 @@ class Reinforce:
     def _collector(self, workspace: Workspace, objective: Objective, judge: Judge, prompts: Prompts) -> Collector:
         """How an iteration comes to its rollout."""
         models, samples = objective.models, self.sampling.samples_per_prompt
-        drawing = self._sampling_placement(workspace.placement)
+        drawing = self.sampling_placement(workspace.placement)
 
         def drawn(sampling: Sampling) -> Draw:
             return sampler(workspace, models.policy, models.policy_params, sampling, drawing)
@@ -360,20 +303,7 @@ class Reinforce:
         own = kept(rest, parked)
         return lambda policy: completed(own(), policy)
 
-    def _check_placement(self, placement: Placement) -> None:
-        """The meshes split what is to be split on them."""
-        at = f"stages.{self.name}"
-        placement.check_rows(self.minibatch // self.microbatches, "microbatches", at)
-        placement.check_rows(self.rollout if self.rows_at_a_time is None else self.rows_at_a_time, "rollouts", at)
-        placement.check_tokens(self.prompt_length + self.response_length, at)
-        self._sampling_placement(placement).check_rows(self.prompts_per_iteration, "prompts", f"{at}.sampling_layout")
-        drawing, slots = self._sampling_placement(placement), self.sampling.slots
-        if slots is not None:
-            drawing.check_rows(min(slots, self.rollout), "slots", f"{at}.sampling.slots")
-        if self.ptx is not None:
-            placement.check_tokens(self.ptx.length, f"{at}.ptx")
-
-    def _sampling_placement(self, placement: Placement) -> Placement:
+    def sampling_placement(self, placement: Placement) -> Placement:
         return placement.folded() if self.sampling_layout is None else self.sampling_layout.place()
 
     def _prompts(self, workspace: Workspace) -> Prompts:
