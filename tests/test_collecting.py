@@ -35,7 +35,7 @@ def respond(params, prompts, key, step):
     """Two responses to each of three prompts; prompts whose number three divides have scores that are all equal."""
     index = np.repeat(prompts, 2)
     score = np.where(index % 3 == 0, 1.0, np.arange(6) % 2 + index)
-    return rollout(index), Scores(score), {"gold": float(index[0])}
+    return lambda: (rollout(index), Scores(score), {"gold": float(index[0])})
 
 
 def stream(*starts):
@@ -57,7 +57,7 @@ def test_further_batches_replace_groups_without_signal(more, batches, groups):
         return respond(params, batch, key, step)
 
     collect = until_signal(noted, 2, more, Placement())
-    found, scores, metrics = collect(None, prompts, jax.random.key(0), jnp.asarray(5))
+    found, scores, metrics = collect(None, prompts, jax.random.key(0), jnp.asarray(5))()
     np.testing.assert_array_equal(found.index, np.repeat(groups, 2))
     np.testing.assert_array_equal(found.tokens[:, 0], np.repeat(groups, 2))
     assert scores.score.shape == (6,) and int(found.policy_step) == 5
@@ -68,21 +68,23 @@ def test_further_batches_replace_groups_without_signal(more, batches, groups):
 
 def test_responses_without_a_score_carry_no_signal():
     def dropped(params, batch, key, step):
-        found, scores, metrics = respond(params, batch, key, step)
-        return found, dataclasses.replace(scores, used=np.array([True, True, True, False, True, True])), metrics
+        found, scores, metrics = respond(params, batch, key, step)()
+        used = np.array([True, True, True, False, True, True])
+        return lambda: (found, dataclasses.replace(scores, used=used), metrics)
 
-    found, _, metrics = until_signal(dropped, 2, 1, Placement())(None, stream(0, 9), jax.random.key(0), jnp.asarray(5))
+    collect = until_signal(dropped, 2, 1, Placement())
+    found, _, metrics = collect(None, stream(0, 9), jax.random.key(0), jnp.asarray(5))()
     # Of the first three groups one has equal scores and one a single score; of the next, the second a single one.
     np.testing.assert_array_equal(found.index, np.repeat([0, 2, 11], 2))
     assert metrics["group/batches"] == 2
 
 
 def test_the_greedy_score_stands_beside_every_sample():
-    def draw(params, prompts, key, step):
-        return rollout(prompts)
+    def greedy(params, prompts, key, step):
+        return lambda: (rollout(prompts), Scores(prompts * 10.0), {})
 
-    collect = once(against_greedy(respond, draw, lambda drawn: (Scores(drawn.index * 10.0), {}), 2))
-    _, scores, metrics = collect(None, stream(3), jax.random.key(0), jnp.asarray(0))
+    collect = once(against_greedy(respond, greedy, 2))
+    _, scores, metrics = collect(None, stream(3), jax.random.key(0), jnp.asarray(0))()
     np.testing.assert_array_equal(scores.baseline, [30, 30, 40, 40, 50, 50])
     assert metrics == {"gold": 3.0, "group/greedy_score": 40.0}
 

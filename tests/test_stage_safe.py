@@ -179,8 +179,7 @@ def disturb(row):
 def test_a_fixed_weight_is_taken_off_the_score_of_every_method(tmp_path):
     group = dict(critic=None, ppo=GroupPolicy(), sampling=Sampling(max_new_tokens=5, samples_per_prompt=2))
     stage = safe(**group, cost=Cost(of=COSTS, by=Shaping(2.0)))
-    plain = lambda rollout, said: (Scores(np.float32([1, 2])), {"a": 1.0})  # noqa: E731
-    judged = with_costs(stage, Told(), plain, jury, None, Told())
+    judged = with_costs(stage, Told(), Plain(), FixedCosts(), None, Told())
     scores, metrics = judged(Told())
     np.testing.assert_allclose(scores.score, [1 - 2 * 0.5, 2 + 2 * 0.25])
     np.testing.assert_allclose(scores.cost, [0.5, -0.25])
@@ -194,9 +193,24 @@ class Told:
     tokenizer = None
 
 
-def jury(rollout, answers):
-    costs = np.array([0.5, -0.25])
-    return Verdict(Values(costs), np.ones(2, bool), {})
+class Plain:
+    """A judge without costs."""
+
+    def begin(self, part, said):
+        return lambda: None
+
+    def conclude(self, rollout, found):
+        return Scores(np.float32([1, 2])), {"a": 1.0}
+
+
+class FixedCosts:
+    """In the place of a jury."""
+
+    def begin(self, part, answers):
+        return lambda: np.array([0.5, -0.25])
+
+    def conclude(self, heard):
+        return Verdict(Values(heard[0]), np.ones(2, bool), {})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from rlhf_jax.rewards.base import Reward, check_reward
 from rlhf_jax.rewards.plain import OnError
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import fetch
-from rlhf_jax.stages.collecting import Collected
 from rlhf_jax.stages.judging import check_rewards, judge_of, jury, load_models, ready
 from rlhf_jax.stages.language import check_length
 from rlhf_jax.stages.outputs import Output
@@ -32,6 +31,7 @@ from rlhf_jax.stages.rollouts import Draw, Judge, sampler
 from rlhf_jax.stages.samples import SampleLog
 from rlhf_jax.stages.settings import Source, check_schedule
 from rlhf_jax.stages.workspace import Workspace
+from rlhf_jax.training.ahead import Collected
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Batches
 from rlhf_jax.training.metrics import MetricsWriter

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rlhf_jax.stages.cost import OF_COSTS
 from rlhf_jax.stages.judging import Jury, check_rewards
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import Prompts
-from rlhf_jax.stages.rollouts import Conversations, Judge
+from rlhf_jax.stages.rollouts import Conversations, JudgeOfParts
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.types import Rollout, Scores
 
@@ -91,27 +91,45 @@ def models_of_costs(cost: Cost | None) -> list[tuple[str, str]]:
     return [] if cost is None else [model for source in cost.sources for model in models_of(source)]
 
 
-def with_costs(
-    stage: Reinforce, workspace: Workspace, judge: Judge, cost: Jury, gold: Jury | None, prompts: Prompts
-) -> Judge:
-    """A judge that also tells costs, and subtracts them from the score where ``stage.cost`` says so."""
-    assert stage.cost is not None
-    by = stage.cost.by
+@dataclass(frozen=True)
+class CostJudge:
+    """A judge that also tells costs; see ``with_costs``."""
 
-    def judged(rollout: Rollout, said: Conversations | None = None) -> tuple[Scores, Mapping[str, float]]:
-        scores, metrics = judge(rollout, said)
-        answers = functools.cache(lambda: prompts.answers(fetch(rollout), workspace.tokenizer, said))
-        found = cost(rollout, answers)
-        costs = found.values.total
+    by: Lagrangian | Shaping
+    workspace: Workspace
+    judge: JudgeOfParts
+    cost: Jury
+    gold: Jury | None
+    prompts: Prompts
+
+    def __call__(self, rollout: Rollout, said: Conversations | None = None) -> tuple[Scores, Mapping[str, float]]:
+        return self.conclude(rollout, [self.begin(rollout, said)()])
+
+    def begin(self, part: Rollout, said: Conversations | None = None) -> Callable[[], Any]:
+        answers = functools.cache(lambda: self.prompts.answers(fetch(part), self.workspace.tokenizer, said))
+        first = self.judge.begin(part, said)
+        rest = [jury.begin(part, answers) for jury in (self.cost, self.gold) if jury is not None]
+        return lambda: (first(), [hear() for hear in rest])
+
+    def conclude(self, rollout: Rollout, found: Sequence[Any]) -> tuple[Scores, Mapping[str, float]]:
+        scores, metrics = self.judge.conclude(rollout, [one for one, _ in found])
+        given = self.cost.conclude([heard[0] for _, heard in found])
+        costs = given.values.total
         told = {"cost/mean": float(costs.mean()), "cost/unsafe": float((costs > 0).mean())}
-        told |= {f"cost/{name}": value for name, value in found.notes.items()}
-        if gold is not None:
-            watched = gold(rollout, answers).values.total
+        told |= {f"cost/{name}": value for name, value in given.notes.items()}
+        if self.gold is not None:
+            watched = self.gold.conclude([heard[1] for _, heard in found]).values.total
             told |= {"cost/gold": float(watched.mean()), "cost/gold_unsafe": float((watched > 0).mean())}
-        if isinstance(by, Shaping):
+        if isinstance(self.by, Shaping):
             told["cost/unshaped_score"] = float(np.asarray(scores.score).mean())
-            shaped = np.asarray(scores.score) - np.float32(by.weight) * costs.astype(np.float32)
+            shaped = np.asarray(scores.score) - np.float32(self.by.weight) * costs.astype(np.float32)
             scores = dataclasses.replace(scores, score=shaped)
         return dataclasses.replace(scores, cost=costs.astype(np.float32)), {**metrics, **told}
 
-    return judged
+
+def with_costs(
+    stage: Reinforce, workspace: Workspace, judge: JudgeOfParts, cost: Jury, gold: Jury | None, prompts: Prompts
+) -> JudgeOfParts:
+    """A judge that also tells costs, and subtracts them from the score where ``stage.cost`` says so."""
+    assert stage.cost is not None
+    return CostJudge(stage.cost.by, workspace, judge, cost, gold, prompts)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -23,7 +24,7 @@ from rlhf_jax.sharding import Placement, fetch
 from rlhf_jax.stages.offloading import kept
 from rlhf_jax.stages.outputs import Output
 from rlhf_jax.stages.responses import Prompts, score_continuations, score_rollout, score_tokens
-from rlhf_jax.stages.rollouts import Conversations, Judge
+from rlhf_jax.stages.rollouts import Conversations, JudgeOfParts
 from rlhf_jax.stages.samples import SampleLog
 from rlhf_jax.stages.workspace import Workspace
 from rlhf_jax.types import PyTree, Rollout, Scores
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 KINDS = {"scalar": ScalarModel, "language": Transformer}
 Ready = tuple[Any, Callable[[], PyTree]]
 """A model, and what gives its parameters."""
+Answers = Callable[[], Sequence[Answer]]
+"""Rows of a rollout as texts, made when they are asked for."""
+Heard = list[tuple[Values, Mapping[str, float]]]
+"""What each part of a reward says of some rows, and numbers to log that are means over these."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +68,39 @@ class Jury:
         """Whether any part looks at more than tokens."""
         return any(not isinstance(leaf, str | Learned) for leaf in leaves(self.reward))
 
-    def __call__(self, rollout: Rollout, answers: Callable[[], Sequence[Answer]]) -> Verdict:
+    def __call__(self, rollout: Rollout, answers: Answers) -> Verdict:
         """What the reward says of a rollout; ``answers`` gives its rows as texts, and is asked where these are needed.
 
         Raises:
             UserError: names a reward, prompt and response that have no finite number.
         """
-        return verdict(self.reward, lambda leaf: self._ask(leaf, rollout, answers))
+        return self.conclude([self.begin(rollout, answers)()])
+
+    def begin(self, part: Rollout, answers: Answers) -> Callable[[], Heard]:
+        """Reward models are sent these rows at once; the function that comes back waits for them and asks the rest."""
+        asked = leaves(self.reward)
+        sent = [self._scores(leaf, part) if isinstance(leaf, str | Learned) else None for leaf in asked]
+        return lambda: [self._ask(leaf, part, answers, scores) for leaf, scores in zip(asked, sent, strict=True)]
+
+    def conclude(self, heard: Sequence[Heard]) -> Verdict:
+        """The verdict on a rollout, from what was heard of its parts in their order; ``__call__`` says what it raises.
+
+        Only here do rows meet: what depends on the whole rollout (means, ``Standardise``) sees all of it.
+        """
+        asked = leaves(self.reward)
+        whole = [_joined(parts) for parts in zip(*heard, strict=True)]
+        return verdict(self.reward, lambda leaf: whole[asked.index(leaf)])
+
+    def _scores(self, leaf: str | Learned, rollout: Rollout) -> jax.Array:
+        model, params = self.models[leaf if isinstance(leaf, str) else leaf.model]
+        return score_rollout(model, params(), rollout, rows=self.rows)
 
     def _ask(
-        self, leaf: Leaf, rollout: Rollout, answers: Callable[[], Sequence[Answer]]
+        self, leaf: Leaf, rollout: Rollout, answers: Answers, scores: jax.Array | None
     ) -> tuple[Values, Mapping[str, float]]:
         width, notes = rollout.response_mask.shape[1], {}
-        if isinstance(leaf, str | Learned):
-            model, params = self.models[leaf if isinstance(leaf, str) else leaf.model]
-            score = fetch(score_rollout(model, params(), rollout, rows=self.rows)).astype(np.float64)
-            found = Values(score)
+        if scores is not None:
+            found = Values(fetch(scores).astype(np.float64))
         elif isinstance(leaf, Process):
             found = self._process(leaf, rollout, answers())
         elif isinstance(leaf, Rubric):
@@ -131,6 +153,18 @@ class Jury:
         if not leaf.chat:
             return self.tokenizer.encode
         return lambda text: self.chat.prompt_tokens(self.tokenizer, [{"role": "user", "content": text}])
+
+
+def _joined(parts: Sequence[tuple[Values, Mapping[str, float]]]) -> tuple[Values, Mapping[str, float]]:
+    """The same of all rows together."""
+    if len(parts) == 1:
+        return parts[0]
+    values, notes = [value for value, _ in parts], [note for _, note in parts]
+    rows = [len(value.score) for value in values]
+    score, tokens, steps = ([getattr(value, name) for value in values] for name in ("score", "tokens", "steps"))
+    whole = [None if column[0] is None else np.concatenate(column) for column in (score, tokens, steps)]
+    means = {name: float(np.average([note[name] for note in notes], weights=rows)) for name in notes[0]}
+    return Values(*whole), means  # pyright: ignore[reportArgumentType]
 
 
 def rubric_options(leaf: Rubric, tokenizer: Tokenizer, chat: Format) -> list[list[int]]:
@@ -199,29 +233,47 @@ def plain_totals(
     return verdict(reward, lambda leaf: (plain_values(leaf, answers, width, decode), {})).values.total  # pyright: ignore
 
 
-def judge_of(
-    stage: Reinforce, workspace: Workspace, reward: Jury, gold: Jury | None, prompts: Prompts, samples: SampleLog
-) -> Judge:
-    """Scores of a rollout, and the gold reward to watch."""
+@dataclass(frozen=True)
+class RewardJudge:
+    """Scores of a rollout by a reward, and a gold reward to watch; see ``judge_of``."""
 
-    def judge(rollout: Rollout, said: Conversations | None = None) -> tuple[Scores, Mapping[str, float]]:
+    stage: Reinforce
+    workspace: Workspace
+    reward: Jury
+    gold: Jury | None
+    prompts: Prompts
+    samples: SampleLog
+
+    def __call__(self, rollout: Rollout, said: Conversations | None = None) -> tuple[Scores, Mapping[str, float]]:
+        return self.conclude(rollout, [self.begin(rollout, said)()])
+
+    def begin(self, part: Rollout, said: Conversations | None = None) -> Callable[[], Any]:
+        answers = functools.cache(lambda: self.prompts.answers(fetch(part), self.workspace.tokenizer, said))
+        rest = [jury.begin(part, answers) for jury in (self.reward, self.gold) if jury is not None]
+        return lambda: (answers, [hear() for hear in rest])
+
+    def conclude(self, rollout: Rollout, found: Sequence[Any]) -> tuple[Scores, Mapping[str, float]]:
+        stage, given = self.stage, self.reward.conclude([heard[0] for _, heard in found])
         iteration = 1 + int(rollout.policy_step) * stage.iterations // stage.updates
-        logged = samples.due(iteration)
-        answers = functools.cache(lambda: prompts.answers(fetch(rollout), workspace.tokenizer, said))
-        given = reward(rollout, answers)
-        if logged:
-            messages, texts = [a.messages for a in answers()], [a.text for a in answers()]
-            samples.write(iteration, messages, texts, given.values.total.tolist())
+        if self.samples.due(iteration):
+            answers = [answer for ask, _ in found for answer in ask()]
+            messages, texts = [a.messages for a in answers], [a.text for a in answers]
+            self.samples.write(iteration, messages, texts, given.values.total.tolist())
         metrics = {f"reward/{name}": value for name, value in given.notes.items()}
         if stage.on_error == "drop":
             metrics["reward/dropped"] = float(1 - given.used.mean())
-        if gold is not None:
-            watched = gold(rollout, answers)
+        if self.gold is not None:
+            watched = self.gold.conclude([heard[1] for _, heard in found])
             metrics[f"{stage.name}/gold"] = float(watched.values.total[watched.used].mean())
             metrics |= {f"gold/{name}": value for name, value in watched.notes.items()}
         return _scores(given, stage.on_error), metrics
 
-    return judge
+
+def judge_of(
+    stage: Reinforce, workspace: Workspace, reward: Jury, gold: Jury | None, prompts: Prompts, samples: SampleLog
+) -> JudgeOfParts:
+    """Scores of a rollout, and the gold reward to watch."""
+    return RewardJudge(stage, workspace, reward, gold, prompts, samples)
 
 
 def _scores(given: Verdict, on_error: OnError) -> Scores:

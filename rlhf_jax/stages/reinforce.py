@@ -18,7 +18,7 @@ from rlhf_jax.rewards.base import Reward, models_of
 from rlhf_jax.rewards.plain import OnError
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import Layout, Placement
-from rlhf_jax.stages.collecting import Collector, against_greedy, once, responding, until_signal
+from rlhf_jax.stages.collecting import against_greedy, later, once, responding, until_signal
 from rlhf_jax.stages.costs import Cost, with_costs
 from rlhf_jax.stages.freezing import check_shared, completed, parted
 from rlhf_jax.stages.judging import check_rewards, judge_of, jury, load_models, ready
@@ -26,13 +26,15 @@ from rlhf_jax.stages.language import check_length, text_rows
 from rlhf_jax.stages.learners import Objective, batches, begin, preparation, update_step
 from rlhf_jax.stages.offloading import kept, rested, woken
 from rlhf_jax.stages.outputs import Output
+from rlhf_jax.stages.overlap import ahead_of_updates
 from rlhf_jax.stages.reinforce_checks import check_fields, check_placement
 from rlhf_jax.stages.responses import Prompts, read_prompts
-from rlhf_jax.stages.rollouts import Draw, Judge, narrowed, sampler
+from rlhf_jax.stages.rollouts import Draw, JudgeOfParts, narrowed, sampler
 from rlhf_jax.stages.samples import SampleLog
 from rlhf_jax.stages.settings import Source, check_schedule
 from rlhf_jax.stages.turns import Turns, conversing
 from rlhf_jax.stages.workspace import Workspace
+from rlhf_jax.training.ahead import Begin
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.metrics import MetricsWriter
 from rlhf_jax.training.optimizer import Optimizer
@@ -99,6 +101,13 @@ class Reinforce:
             ``prompt_length``. Programs are compiled once for each width that occurs.
         update_lengths: of responses in tokens; updates are computed on rows cut to the first that holds those of a
             microbatch, see ``objectives.trimmed``.
+        share_prompts: updates (and the reference) read each prompt once for all of its responses, which stay in one
+            minibatch; ``microbatches`` then split the responses alone. The same losses but for rounding. For group
+            methods on one device, without ``ptx`` and mixtures of experts; see ``objectives.shared_prompts``.
+        rollout_parts: the prompts of an iteration are drawn in so many parts, one after the other; each is judged on
+            the host while the device draws the next. The same responses and scores, see docs/generation.md.
+        ahead: 1 draws and judges each rollout during the updates of the iteration before, with the policy from before
+            these; so all but the first come from a policy that is one iteration old. 0 waits for the updates.
         sampling_layout: the mesh to sample on; None takes that of training, with its context axis added to the data
             axis, since a decode step has one token of each row. The policy moves between the two on the devices.
     """
@@ -131,6 +140,9 @@ class Reinforce:
     offload: tuple[Literal["reference", "reward", "optimizer"], ...] = ()
     prompt_widths: tuple[int, ...] = ()
     update_lengths: tuple[int, ...] = ()
+    share_prompts: bool = False
+    rollout_parts: int = 1
+    ahead: int = 0
     sampling_layout: Layout | None = None
     turns: Turns | None = None
     save_every: int = 20
@@ -190,6 +202,9 @@ class Reinforce:
         if self.turns is not None:
             self.turns.check(self, workspace, prompts)
         check_placement(self, workspace.placement)
+        if self.share_prompts and workspace.model.routed_layers:
+            raise UserError("share_prompts=True for a mixture of experts", at=f"stages.{self.name}",
+                            expected="a model without", fix="set share_prompts=False")  # fmt: skip
         if self.ptx is not None:
             check_length(workspace, self.ptx.length, self.name)
             text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
@@ -229,9 +244,9 @@ class Reinforce:
             texts = text_rows(workspace, self.ptx.data, self.ptx.length, self.name)
             rows = self.minibatch * self.ptx.texts_per_episode
             streams["text"] = workspace.batches(self.name, "text", [texts], rows)
-        prepare = preparation(objective)
+        prepare, collect = preparation(objective), self._begin(workspace, objective, judge, prompts)
         program = Program(
-            collect=self._collector(workspace, objective, judge, prompts),
+            collect=lambda *given: collect(*given)(),
             prepare=lambda params, rollout, scores, controller: prepare(
                 params,
                 ref_params(objective.models.policy_params(params)),
@@ -244,11 +259,18 @@ class Reinforce:
             control=lambda controller, scores, metrics: objective.control(controller, metrics, self.rollout, scores),
             rest=rested if "optimizer" in self.offload else lambda state: state,
             wake=woken if "optimizer" in self.offload else lambda state: state,
+            ahead=ahead_of_updates(self, objective, collect) if self.ahead else None,
         )
         with MetricsWriter(folder / "metrics.jsonl", workspace.sinks(self.name)) as metrics:
             state = reinforce(
                 program,
-                Plan(iterations=self.iterations, minibatch=self.minibatch, epochs=self.epochs, streams=streams),
+                Plan(
+                    iterations=self.iterations,
+                    minibatch=self.minibatch,
+                    epochs=self.epochs,
+                    together=self.sampling.samples_per_prompt if self.share_prompts else 1,
+                    streams=streams,
+                ),
                 state,
                 objective.start(),
                 narrowed(
@@ -268,25 +290,26 @@ class Reinforce:
         notes = {"stage": self.name, "iterations": self.iterations, "episodes": self.episodes}
         workspace.save(self.name, Output(workspace.model, trained, workspace.tokenizer, notes))
 
-    def _collector(self, workspace: Workspace, objective: Objective, judge: Judge, prompts: Prompts) -> Collector:
+    def _begin(self, workspace: Workspace, objective: Objective, judge: JudgeOfParts, prompts: Prompts) -> Begin:
         """How an iteration comes to its rollout."""
         models, samples = objective.models, self.sampling.samples_per_prompt
+        policy_params = (lambda copied: copied) if self.ahead else models.policy_params
         drawing = self.sampling_placement(workspace.placement)
 
         def drawn(sampling: Sampling) -> Draw:
-            return sampler(workspace, models.policy, models.policy_params, sampling, drawing)
+            return sampler(workspace, models.policy, policy_params, sampling, drawing)
 
         if self.turns is None:
-            respond = responding(drawn(self.sampling), judge)
+            respond = responding(drawn(self.sampling), judge, self.rollout_parts)
         else:
-            respond = conversing(
+            respond = later(conversing(
                 self.turns, drawn(self.sampling), drawn(replace(self.sampling, samples_per_prompt=1)), judge, prompts,
                 tokenizer=workspace.tokenizer, chat=workspace.chat, max_new_tokens=self.sampling.max_new_tokens,
                 placement=workspace.placement,
-            )  # fmt: skip
+            ))  # fmt: skip
         if isinstance(self.ppo, GroupPolicy) and self.ppo.baseline == "greedy":
             greedy = replace(self.sampling, greedy=True, samples_per_prompt=1, record_routing=False, slots=None)
-            respond = against_greedy(respond, drawn(greedy), judge, samples)
+            respond = against_greedy(respond, responding(drawn(greedy), judge, self.rollout_parts), samples)
         if not self.more_batches:
             return once(respond)
         return until_signal(respond, samples, self.more_batches, workspace.placement)

@@ -10,6 +10,7 @@ from rlhf_jax.objectives.trimmed import rising
 from rlhf_jax.rewards.base import check_reward, has_steps
 from rlhf_jax.sharding import Placement
 from rlhf_jax.stages.offloading import OFFLOADABLE
+from rlhf_jax.stages.overlap import check_one_device, check_overlap
 
 if TYPE_CHECKING:
     from rlhf_jax.stages.reinforce import Reinforce
@@ -56,6 +57,8 @@ def check_fields(stage: Reinforce) -> None:
         ("prompt_widths", not (stage.prompt_widths and (stage.more_batches or stage.turns)),
          "() with more_batches or turns, which join rollouts of one width"),
         ("update_lengths", rising(stage.update_lengths), "positive numbers of tokens, rising"),
+        ("share_prompts", not stage.share_prompts or isinstance(stage.ppo, GroupPolicy), "False without a GroupPolicy"),
+        ("share_prompts", not (stage.share_prompts and stage.ptx), "False with ptx"),
         ("critic_warmup", 0 <= stage.critic_warmup <= stage.iterations, "from 0 to the number of iterations"),
     ):  # fmt: skip
         if not fine:
@@ -75,11 +78,20 @@ def check_fields(stage: Reinforce) -> None:
                 expected="a divisor of the rollout (prompts_per_iteration * samples_per_prompt), and microbatches "
                 "a divisor of the minibatch", fix="change one of them",
             )  # fmt: skip
+    check_overlap(stage)
+    if stage.share_prompts and stage.minibatch % stage.sampling.samples_per_prompt:
+        raise UserError(f"minibatch={stage.minibatch} with share_prompts=True", at=stage.name,
+                        expected=f"a multiple of samples_per_prompt={stage.sampling.samples_per_prompt}, as all "
+                        "responses to a prompt are learned from together", fix="change one of them")  # fmt: skip
 
 
 def check_placement(stage: Reinforce, placement: Placement) -> None:
     """The meshes split what is to be split on them."""
     at = f"stages.{stage.name}"
+    check_one_device(stage, placement)
+    if stage.share_prompts and placement.mesh is not None:
+        raise UserError("share_prompts=True on several devices", at=at, expected="one device",
+                        fix="set share_prompts=False, or leave the layout out")  # fmt: skip
     placement.check_rows(stage.minibatch // stage.microbatches, "microbatches", at)
     placement.check_rows(stage.rollout if stage.rows_at_a_time is None else stage.rows_at_a_time, "rollouts", at)
     placement.check_tokens(stage.prompt_length + stage.response_length, at)

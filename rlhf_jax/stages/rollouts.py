@@ -30,6 +30,19 @@ class Judge(Protocol):
     ) -> tuple[Scores, Mapping[str, float]]: ...
 
 
+class JudgeOfParts(Judge, Protocol):
+    """One that can judge a rollout while its later rows are still being drawn: part by part, then as a whole."""
+
+    def begin(self, part: Rollout, said: Conversations | None = None, /) -> Callable[[], Any]:
+        """Some rows are on their way: what models say of them is dispatched. The function that comes back asks what
+        runs on the host, which waits for the rows."""
+        ...
+
+    def conclude(self, rollout: Rollout, found: Sequence[Any], /) -> tuple[Scores, Mapping[str, float]]:
+        """The verdict on the whole rollout, from what was found of each of its parts."""
+        ...
+
+
 def sampler(
     workspace: Workspace,
     policy: Transformer,

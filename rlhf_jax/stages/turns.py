@@ -7,7 +7,7 @@ What the environment says is in the tokens and never in ``response_mask``, so no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -21,10 +21,10 @@ from rlhf_jax.errors import BAD_DATA, UserError
 from rlhf_jax.objectives.group import GroupPolicy
 from rlhf_jax.rewards.base import Messages, name_of
 from rlhf_jax.sharding import Placement, fetch
-from rlhf_jax.stages.collecting import Collected, Respond
 from rlhf_jax.stages.responses import Prompts
 from rlhf_jax.stages.rollouts import Conversations, Draw, Judge
 from rlhf_jax.stages.workspace import Workspace
+from rlhf_jax.training.ahead import Collected
 from rlhf_jax.types import Key, PromptBatch, PyTree, Rollout
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def conversing(
     chat: Format,
     max_new_tokens: int,
     placement: Placement,
-) -> Respond:
+) -> Callable[[PyTree, PromptBatch, Key, jax.Array], Collected]:
     """Conversations are held, then scored as wholes.
 
     The first turn is what a stage without an environment would sample.

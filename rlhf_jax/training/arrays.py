@@ -46,6 +46,14 @@ def describe(tree: PyTree) -> Description:
     }
 
 
+def described(saved: Description, name: str) -> PyTree:
+    """What was saved below a name: abstract arrays in nested dictionaries."""
+    found = {path.removeprefix(f"{name}/"): leaf for path, leaf in saved.items() if path.startswith(f"{name}/")}
+    return traverse_util.unflatten_dict(
+        {path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in found.items()}, sep="/"
+    )
+
+
 def write_arrays(folder: Path, tree: PyTree) -> None:
     """Writes the leaves of a tree below ``folder``; of several processes, all call it."""
     stored = {name: _storable(leaf) for name, leaf in _named(tree).items() if leaf.size}  # Orbax refuses empty arrays.

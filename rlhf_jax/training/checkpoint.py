@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 
 from rlhf_jax import processes
 from rlhf_jax.errors import IO, MISSING_INPUT, UserError
-from rlhf_jax.training.arrays import abstract, describe, expect_same, read_arrays, write_arrays
+from rlhf_jax.training.arrays import abstract, describe, described, expect_same, read_arrays, write_arrays
 from rlhf_jax.training.durable import Damaged, agreed, remove_folder, remove_leftovers, verify_folder, write_folder
 from rlhf_jax.types import PyTree
 
@@ -95,11 +96,13 @@ class Checkpoints:
             raise self._failed(step, tree, error) from error
         return self.folder(step)
 
-    def restore_latest(self, target: PyTree) -> Snapshot | None:
+    def restore_latest(self, target: PyTree, loose: Sequence[str] = ()) -> Snapshot | None:
         """The newest checkpoint that verifies, or None where none was ever saved; reads only.
 
         Args:
             target: the tree that is expected: arrays, or ``jax.ShapeDtypeStruct`` with shardings where these matter.
+            loose: further parts of the tree, which is then a dictionary, whose arrays are not known before: they come
+                as nested dictionaries of what was saved, empty where that was nothing.
 
         A damaged checkpoint is logged and the one before it is used. Where all are damaged, or where the arrays are
         those of another architecture, it is a ``UserError``: a run never starts again from nothing in silence.
@@ -109,7 +112,7 @@ class Checkpoints:
         for step, name in reversed(processes.first("steps", lambda: [(s, p.name) for s, p in self._folders()])):
             folder = self.directory / name
             try:
-                snapshot = self._read(step, folder, target)
+                snapshot = self._read(step, folder, target, loose)
             except Damaged as error:
                 _log.warning("checkpoint of step %d rejected: %s: %s", step, folder, error)
                 rejected.append((folder, str(error)))
@@ -132,8 +135,10 @@ class Checkpoints:
             return []
         return sorted((int(p.name), p) for p in self.directory.iterdir() if p.name.isascii() and p.name.isdigit())
 
-    def _read(self, step: int, folder: Path, target: PyTree) -> Snapshot:
+    def _read(self, step: int, folder: Path, target: PyTree, loose: Sequence[str]) -> Snapshot:
         header = verify_folder(folder)
+        if loose:
+            target = {**target, **{name: described(header["leaves"], name) for name in loose}}
         if header["step"] != step:
             raise Damaged(f"it was written as step {header['step']}")
         expect_same(header["leaves"], target, at=str(folder))

@@ -7,7 +7,7 @@ pytree of arrays and one JSON-able dictionary of extras; together they must be a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax import processes
@@ -53,8 +53,10 @@ class Journal:
         self._on_row = on_row
         self._unfinished: Row | None = None
 
-    def resume(self, target: PyTree) -> Snapshot | None:
+    def resume(self, target: PyTree, loose: Sequence[str] = ()) -> Snapshot | None:
         """The newest good checkpoint, or None for a fresh start; rows after it are removed.
+
+        The arguments are those of ``Checkpoints.restore_latest``.
 
         When the loop was stopped inside the evaluation of this step, ``unfinished`` is true, and the caller evaluates
         and finishes the step before it goes on.
@@ -63,7 +65,7 @@ class Journal:
         if self.checkpoints is not None:
             directory = self.checkpoints.directory
             processes.first(f"tidying of {directory}", lambda: remove_leftovers(directory))
-            snapshot = self.checkpoints.restore_latest(target)
+            snapshot = self.checkpoints.restore_latest(target, loose)
         extra = {} if snapshot is None else dict(snapshot.extra)
         self._unfinished = extra.pop(_UNFINISHED, None)
         if self.metrics is not None:

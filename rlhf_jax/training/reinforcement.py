@@ -1,13 +1,13 @@
 """The loop of online reinforcement learning: sample, score, prepare, then epochs of minibatches; and again.
 
 It knows no algorithm: what an iteration is made of comes as functions in a ``Program``. All randomness derives from
-(key, iteration), and checkpoints lie between iterations: one that was interrupted is done again, and never stored.
+(key, iteration), and checkpoints lie between iterations: one that was interrupted is done again. A rollout is stored
+only where it was drawn ahead, see ``ahead.py``.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from rlhf_jax.errors import DIVERGED, UserError
-from rlhf_jax.sharding import fetch
+from rlhf_jax.training.ahead import Ahead, Collect, Collected, Rollouts, check_agreement
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.journal import Journal
 from rlhf_jax.training.loop import Batches
@@ -26,9 +25,6 @@ from rlhf_jax.training.metrics import MetricsWriter, Row, Throughput
 from rlhf_jax.training.signals import StopSignal
 from rlhf_jax.training.step import TrainStep
 from rlhf_jax.types import Key, Metrics, PyTree, Rollout, Scores, TrainState
-
-AGREEMENT = 0.01
-"""How far from 1 the mean ratio of the first minibatch may lie before sampler and scorer count as two models."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +40,18 @@ class Program:
         control: ``(controller, scores, metrics) -> controller``, after the updates.
         rest: ``(state) -> state`` before an iteration's sampling: puts away what only updates need.
         wake: brings it back before the updates.
+        ahead: draws and scores each rollout but the first before the updates of the iteration before, in the place of
+            ``collect``; None collects them when they are needed.
     """
 
-    collect: Callable[[PyTree, Batches, Key, Array], tuple[Rollout, Scores, Mapping[str, float]]]
+    collect: Collect
     prepare: Callable[[PyTree, Rollout, Scores, PyTree], tuple[PyTree, Metrics]]
     batch: Callable[[PyTree, np.ndarray, Mapping[str, Batches]], Any]
     update: TrainStep
     control: Callable[[PyTree, Scores, Metrics], PyTree]
     rest: Callable[[TrainState], TrainState] = lambda state: state
     wake: Callable[[TrainState], TrainState] = lambda state: state
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Plan:
         epochs: passes over each rollout.
         evaluate_every: iterations between evaluations; None evaluates at the end only.
         streams: further data that minibatches take from, by name.
+        together: rows that stay side by side in a minibatch, such as all responses to a prompt.
     """
 
     iterations: int
@@ -72,6 +72,7 @@ class Plan:
     epochs: int = 1
     evaluate_every: int | None = None
     streams: Mapping[str, Batches] = field(default_factory=dict)
+    together: int = 1
 
 
 def reinforce(
@@ -114,112 +115,86 @@ def reinforce(
     """
     streams = {"prompts": prompts, **plan.streams}
     journal = Journal(checkpoints, metrics, stop, prefix=prefix, on_row=on_row)
-    snapshot = journal.resume({"state": state, "controller": controller})
+    snapshot = journal.resume({"state": state, "controller": controller}, loose=("rollout",))
     iteration = 0
-    if snapshot is not None:
-        iteration, state, controller = snapshot.step, snapshot.tree["state"], snapshot.tree["controller"]
-        for name, stream in streams.items():
-            stream.set_state(snapshot.extra[name])
+    with Rollouts(program.collect, prompts, key, plan.iterations, program.ahead) as rollouts:
+        if snapshot is not None:
+            iteration, state, controller = snapshot.step, snapshot.tree["state"], snapshot.tree["controller"]
+            rollouts.restore(snapshot.tree["rollout"], snapshot.extra.get("rollout", {}))
+            for name, stream in streams.items():
+                stream.set_state(snapshot.extra[name])
 
-    def finish(row: Row, measure: bool) -> None:
-        found = functools.partial(evaluate, state) if measure and evaluate is not None else None
-        journal.finish(
-            iteration,
-            row,
-            lambda: (
-                {"state": state, "controller": controller},
-                {name: stream.get_state() for name, stream in streams.items()},
-            ),
-            evaluate=found,
-            last=iteration == plan.iterations,
-        )
+        def capture() -> tuple[PyTree, dict[str, Any]]:
+            rollout, noted = rollouts.capture()  # waits, so before the streams: it may take from that of prompts
+            states = {name: stream.get_state() for name, stream in streams.items()}
+            return {"state": state, "controller": controller, "rollout": rollout}, {**states, "rollout": noted}
 
-    if journal.unfinished:
-        finish({}, measure=True)
-    clock = Throughput()
-    while iteration < plan.iterations:
-        iteration += 1
-        state, controller, row, tokens = _iterate(program, plan, state, controller, streams, key, iteration)
-        row |= clock.rates(response_tokens=tokens, iterations=1)
-        due = plan.evaluate_every is not None and iteration % plan.evaluate_every == 0
-        finish(row, measure=due or iteration == plan.iterations)
-        clock.restart()
+        def finish(row: Row, measure: bool) -> None:
+            found = functools.partial(evaluate, state) if measure and evaluate is not None else None
+            journal.finish(iteration, row, capture, evaluate=found, last=iteration == plan.iterations)
+
+        if journal.unfinished:
+            finish({}, measure=True)
+        clock = Throughput()
+        while iteration < plan.iterations:
+            iteration += 1
+            state = program.rest(state)
+            collected = rollouts.take(iteration, state)
+            state, controller, row, tokens = _learn(
+                program, plan, state, controller, collected, streams, key, iteration
+            )
+            row |= clock.rates(response_tokens=tokens, iterations=1)
+            due = plan.evaluate_every is not None and iteration % plan.evaluate_every == 0
+            finish(row, measure=due or iteration == plan.iterations)
+            clock.restart()
     return state
 
 
-def _iterate(
+def _learn(
     program: Program,
     plan: Plan,
     state: TrainState,
     controller: PyTree,
+    collected: Collected,
     streams: Mapping[str, Batches],
     key: Key,
     iteration: int,
 ) -> tuple[TrainState, PyTree, Row, int]:
-    """One rollout and the updates on it; also returns the row of metrics and the number of sampled tokens."""
-    own, state = jax.random.fold_in(key, iteration), program.rest(state)
-    rollout, scores, score_metrics = program.collect(
-        state.whole, streams["prompts"], jax.random.fold_in(own, 0), state.step
-    )
-    _check_scores(scores, rollout, iteration)
+    """The updates on a rollout; also returns the row of metrics and the number of sampled tokens."""
+    own = jax.random.fold_in(key, iteration)
+    rollout, scores, score_metrics = collected
     experience, rollout_metrics = program.prepare(state.whole, rollout, scores, controller)
     rows, state = rollout.tokens.shape[0], program.wake(state)
     updates: list[Metrics] = []
     for epoch in range(plan.epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(own, 1 + epoch), rows))
+        groups = np.asarray(jax.random.permutation(jax.random.fold_in(own, 1 + epoch), rows // plan.together))
+        order = groups[:, None] * plan.together + np.arange(plan.together)
         for chosen in order.reshape(-1, plan.minibatch):
             batch = program.batch(experience, chosen, streams)
             state, metrics = program.update(state, batch, jax.random.fold_in(own, plan.epochs + 1 + len(updates)))
             updates.append(metrics)
     controller = program.control(controller, scores, rollout_metrics)
     fetched, rollout_row, tokens = jax.device_get((updates, rollout_metrics, rollout.response_mask.sum()))
-    _check_agreement(fetched[0], iteration)
-    return state, controller, {**_named(score_metrics), **_named(rollout_row), **_merge(fetched)}, int(tokens)
+    if program.ahead is None:
+        check_agreement(float(fetched[0].get("ppo/ratio_mean", 1.0)), iteration)
+    first = "ppo/first_ratio_deviation" if program.ahead is None else "ppo/stale_ratio_deviation"
+    return state, controller, {**_named(score_metrics), **_named(rollout_row), **_merge(fetched, first)}, int(tokens)
 
 
-def _merge(updates: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """One number for each metric of an iteration's updates; those of the first update tell about the sampler."""
+def _merge(updates: list[dict[str, np.ndarray]], first: str) -> dict[str, float]:
+    """One number for each metric of an iteration's updates; ``first`` names what the first update tells about the
+    sampler."""
     merged = {}
     for name in updates[0]:
         values = np.array([update[name] for update in updates], np.float64)
         merged[name] = float(values.max() if name.endswith("deviation") else values.mean())
     if "ppo/ratio_max_deviation" in updates[0]:
-        merged["ppo/first_ratio_deviation"] = float(updates[0]["ppo/ratio_max_deviation"])
+        merged[first] = float(updates[0]["ppo/ratio_max_deviation"])
     return merged
 
 
 def _named(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _check_scores(scores: Scores, rollout: Rollout, iteration: int) -> None:
-    """A score that is not a finite number never reaches the loss."""
-    for name in ("score", "token_rewards", "cost", "baseline"):
-        if getattr(scores, name) is None:
-            continue
-        values = np.asarray(fetch(getattr(scores, name)))
-        wrong = np.argwhere(~np.isfinite(values))
-        if len(wrong):
-            index, words = int(fetch(rollout.index)[wrong[0][0]]), _WORDS[name]
-            raise UserError(
-                f"{len(wrong)} of {values.size} {words} are not finite, the first is {values[tuple(wrong[0])]} for "
-                f"prompt {index}", at=f"iteration {iteration}", expected="finite numbers",
-                fix="look at the reward of that prompt's response", exit_code=DIVERGED,
-            )  # fmt: skip
-
-
-_WORDS = {"score": "scores", "token_rewards": "rewards of tokens", "cost": "costs", "baseline": "greedy scores"}
-
-
-def _check_agreement(first: Mapping[str, np.ndarray], iteration: int) -> None:
-    """Before anything was learned from a rollout, the policy is what sampled it."""
-    ratio = float(first.get("ppo/ratio_mean", 1.0))
-    if math.isfinite(ratio) and abs(ratio - 1) > AGREEMENT:
-        raise UserError(
-            f"the first minibatch has a mean probability ratio of {ratio:.4f} although nothing was learned from its "
-            "rollout yet", at=f"iteration {iteration}", expected=f"1 within {AGREEMENT}",
-            fix="sampler and scorer disagree: compute in float32, or report it", exit_code=DIVERGED,
-        )  # fmt: skip
 
 
 @jax.jit
