@@ -3,14 +3,15 @@
 Asks: does the clone reach its teacher's score from the teacher's token probabilities alone, without a reward, and which
 divergence gets there?
 
-    rlhf-jax run experiments/distillation.py          reverse KL on the student's own walks, one seed
-    rlhf-jax sweep experiments/distillation.py        every divergence, also on recorded walks, three seeds each
-    rlhf-jax compare RUN...                           the table
+    rlhf-jax run experiments/distillation.py            reverse KL on the student's own walks, one seed
+    rlhf-jax reproduce experiments/distillation.py      every divergence, also on recorded walks, three seeds each
 
 The teacher is that of randomwalks.py. The student answers 128 starts an iteration, 20 times (2,560 walks), with two
 updates for each. "data" learns from the recorded aimless walks, "mixed" from either with even odds. Expected
 (reverse): within 0.02 of the teacher on each seed. Hardware: two CPU cores, 38 s of processor time a seed.
 """
+
+from matplotlib.figure import Figure
 
 from rlhf_jax.data.chat import PLAIN
 from rlhf_jax.data.tasks.base import TaskDemonstrations, TaskPrompts, TaskTexts
@@ -21,7 +22,8 @@ from rlhf_jax.models import MLP, Attention, Block, LayerNorm, Learned, Transform
 from rlhf_jax.objectives.distillation import Divergence
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.ops.kl import FixedKL
-from rlhf_jax.runs.bands import Band
+from rlhf_jax.runs.bands import Band, Runs
+from rlhf_jax.runs.reproductions import dots
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.stages.distill import Distill
 from rlhf_jax.stages.evaluation import Evaluation
@@ -115,10 +117,22 @@ def sweep():
             yield f"{name}-{seed}", {"name": f"distillation-{name}", "seed": seed, **changes}
 
 
-def bands(runs):
+def bands(runs: Runs):
     for name in WAYS:
         teacher = runs.finals("evaluation.teacher.gold", f"{name}-*")
         student = runs.finals("evaluation.distill.gold", f"{name}-*")
         behind = [a - b for a, b in zip(teacher, student, strict=True)]
         bound = {"high": 0.02, "judge": "every"} if name == "reverse" else {}
         yield Band(f"optimality of the teacher less that of the student, {name}", behind, **bound)
+    yield from optimality(runs)
+
+
+def optimality(runs: Runs):
+    for name, policy in (("clone", "clone"), ("teacher", "teacher")):
+        yield Band(f"optimality, {name}", runs.finals(f"evaluation.{policy}.gold", "reverse-*"))
+    for name in WAYS:
+        yield Band(f"optimality, {name}", runs.finals("evaluation.distill.gold", f"{name}-*"))
+
+
+def picture(runs: Runs) -> Figure:
+    return dots(tuple(optimality(runs)), "of sampled walks")

@@ -3,9 +3,8 @@
 Asks: how far does imitation of one's own best walks get with 2,560 walks (the budget of PPO in randomwalks.py and of
 group methods in groups.py), and does it matter whether a round goes on from the last or starts anew?
 
-    rlhf-jax run experiments/expert_iteration.py          going on, one seed
-    rlhf-jax sweep experiments/expert_iteration.py        both and rejection sampling, three seeds each
-    rlhf-jax compare RUN...                               the table
+    rlhf-jax run experiments/expert_iteration.py            going on, one seed
+    rlhf-jax reproduce experiments/expert_iteration.py      both and rejection sampling, three seeds each, with bands
 
 A round samples 16 walks from each of 20 starts and keeps the best two; eight rounds are 2,560 walks. Rejection sampling
 spends them in one round, 128 walks from each start. Graph, model and clone are those of randomwalks.py. The evaluation
@@ -13,13 +12,16 @@ also gives what best-of-n makes of each policy (n to 64), ranked by the reward i
 with a clone of 0.29. Hardware: two CPU cores, 33 s of processor time a seed.
 """
 
+from matplotlib.figure import Figure
+
 from rlhf_jax.data.chat import PLAIN
 from rlhf_jax.data.tasks.base import TaskPrompts, TaskTexts
 from rlhf_jax.data.tasks.randomwalks import RandomWalks
 from rlhf_jax.data.tokenizers import CharTokenizer
 from rlhf_jax.experiment import Experiment
 from rlhf_jax.models import MLP, Attention, Block, LayerNorm, Learned, Transformer
-from rlhf_jax.runs.bands import Band
+from rlhf_jax.runs.bands import Band, Runs
+from rlhf_jax.runs.reproductions import dots
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.stages.best_of_n import ExpertIteration, Selection
 from rlhf_jax.stages.evaluation import Evaluation
@@ -101,8 +103,13 @@ def sweep():
             yield f"{name}-{seed}", {"name": f"expert-iteration-{name}", "seed": seed, **changes}
 
 
-def bands(runs):
+def bands(runs: Runs):
     yield Band("optimality, rounds that go on", runs.finals("evaluation.expert.gold", "going-on-*"), low=0.95)
     for name in ("anew", "one-round"):
         yield Band(f"optimality, {name}", runs.finals("evaluation.expert.gold", f"{name}-*"))
+    yield Band("optimality, clone", runs.finals("evaluation.clone.gold", "going-on-*"))
     yield Band("best of 64 of the clone", runs.finals("evaluation.clone.gold_best_of_64", "going-on-*"))
+
+
+def picture(runs: Runs) -> Figure:
+    return dots(tuple(bands(runs)), "optimality of sampled walks")

@@ -15,6 +15,8 @@ Measured, seeds 0 to 2, exact reward in the end: union 0.644 (0.508 to 0.799), f
 round 0.652; the other ways were not run. Hardware: two CPU cores, about two minutes a run.
 """
 
+from matplotlib.figure import Figure
+
 from rlhf_jax.data.chat import PLAIN
 from rlhf_jax.data.tasks.base import TaskPrompts, TaskTexts
 from rlhf_jax.data.tasks.randomwalks import RandomWalks
@@ -24,6 +26,7 @@ from rlhf_jax.models import MLP, Attention, Block, LayerNorm, Learned, Transform
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.ops.kl import FixedKL
 from rlhf_jax.runs.bands import Band, Runs
+from rlhf_jax.runs.reproductions import dots
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.label import Label
@@ -134,6 +137,7 @@ WAYS = {
     "union-noisy": rounds(3, temperature=0.5),
     "once-noisy": rounds(1, temperature=0.5),
 }
+ENDS = {name: 0 if name.startswith("once") else 2 for name in WAYS}
 
 
 def sweep():
@@ -143,7 +147,18 @@ def sweep():
 
 
 def bands(runs: Runs):
-    ends = {name: 0 if name.startswith("once") else 2 for name in WAYS}
-    for name, last in ends.items():
-        yield Band(f"optimality, {name}", runs.finals(f"evaluation.ppo{last}.gold", f"{name}-?"))
+    yield from optimality(runs)
+    for name, last in ENDS.items():
         yield Band(f"KL to the clone (nats), {name}", runs.finals(f"evaluation.ppo{last}.kl", f"{name}-?"))
+
+
+def optimality(runs: Runs):
+    yield Band("optimality, clone", runs.finals("evaluation.clone.gold", "union-?"))
+    for number in range(2):
+        yield Band(f"optimality, union, round {number + 1}", runs.finals(f"evaluation.ppo{number}.gold", "union-?"))
+    for name, last in ENDS.items():
+        yield Band(f"optimality, {name}", runs.finals(f"evaluation.ppo{last}.gold", f"{name}-?"))
+
+
+def picture(runs: Runs) -> Figure:
+    return dots(tuple(optimality(runs)), "of sampled walks")

@@ -2,15 +2,17 @@
 
 Asks: how near to optimal are sampled walks after the published 2,560 episodes? A clone of the data is at about 0.35.
 
-    rlhf-jax run experiments/randomwalks.py          one seed
-    rlhf-jax sweep experiments/randomwalks.py        five seeds
-    python benchmarks/experiments.py randomwalks     five seeds, as a table with times
+    rlhf-jax run experiments/randomwalks.py            one seed
+    rlhf-jax reproduce experiments/randomwalks.py      ten seeds, with the expected band
+    python benchmarks/experiments.py randomwalks       five seeds, as a table with times
 
 The graph (seed 1000), the 1,000 walks, the 20 start nodes as prompts, 128 rollouts an iteration, 4 epochs, clip 0.2,
 lambda 0.95, no KL penalty and the reward are those of CarperAI/trlx, examples/randomwalks. The model is smaller
 (two layers of width 64 instead of six of 144), its learning rate higher, and a rollout is cut into two minibatches of
 64 instead of 100 + 28. Expected: 0.90 or more on the mean of five seeds. Hardware: two CPU cores.
 """
+
+from matplotlib.figure import Figure
 
 from rlhf_jax.data.chat import PLAIN
 from rlhf_jax.data.tasks.base import TaskPrompts, TaskTexts
@@ -20,6 +22,8 @@ from rlhf_jax.experiment import Experiment
 from rlhf_jax.models import MLP, Attention, Block, LayerNorm, Learned, Transformer
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.ops.kl import FixedKL
+from rlhf_jax.runs.bands import Band, Runs
+from rlhf_jax.runs.reproductions import dots
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.language import Pretrain
@@ -84,5 +88,15 @@ def config() -> Experiment:
 
 
 def sweep():
-    for seed in range(5):
+    for seed in range(10):
         yield {"seed": seed}
+
+
+def bands(runs: Runs):
+    yield Band("optimality, clone", runs.finals("evaluation.clone.gold"))
+    yield Band("optimality, PPO", runs.finals("evaluation.ppo.gold"), low=0.90, source="trlX's protocol and budget")
+    yield Band("KL to the clone (nats)", runs.finals("evaluation.ppo.kl"))
+
+
+def picture(runs: Runs) -> Figure:
+    return dots(tuple(bands(runs))[:2], "of sampled walks")

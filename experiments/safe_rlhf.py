@@ -3,9 +3,8 @@
 Asks: does the multiplier of PPO-Lagrangian rise and fall until the mean cost is at its threshold, and is there a fixed
 weight that has both more delight and no higher cost?
 
-    rlhf-jax run experiments/safe_rlhf.py          the multiplier, with exact rewards and costs, one seed
-    rlhf-jax sweep experiments/safe_rlhf.py        all methods, three seeds; also with learned reward and cost models
-    rlhf-jax compare RUN...                        the table
+    rlhf-jax run experiments/safe_rlhf.py            the multiplier, with exact rewards and costs, one seed
+    rlhf-jax reproduce experiments/safe_rlhf.py      all methods, three seeds; also with learned reward and cost models
 
 A clone of careless crews learns to please: each loud piece delights (less than the one before) and costs. The mean cost
 may be 0, where twelve places allow two loud pieces on average and the best possible delight is 0.72; without a bound it
@@ -16,6 +15,8 @@ Hardware: two CPU cores; a run took about two minutes beside other programs.
 
 import dataclasses
 
+from matplotlib.figure import Figure
+
 from rlhf_jax.data.chat import PLAIN
 from rlhf_jax.data.tasks.base import TaskCosts, TaskPrompts, TaskRankings, TaskSafety, TaskTexts
 from rlhf_jax.data.tasks.fireworks import ALPHABET, Fireworks
@@ -25,7 +26,8 @@ from rlhf_jax.models import MLP, Attention, Block, LayerNorm, Learned, Transform
 from rlhf_jax.objectives import presets
 from rlhf_jax.ops.kl import FixedKL
 from rlhf_jax.ops.lagrange import Lagrangian, Shaping
-from rlhf_jax.runs.bands import Band
+from rlhf_jax.runs.bands import Band, Runs
+from rlhf_jax.runs.plots import COLORS
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.stages.cost import TrainCost
 from rlhf_jax.stages.costs import Cost
@@ -124,7 +126,7 @@ def sweep():
         yield f"learned-{seed}", {"name": "safe-rlhf-learned", "stages": (CLONE, *MODELS, LEARNED), "seed": seed}
 
 
-def bands(runs):
+def bands(runs: Runs):
     """Judged by the evaluation of the final policies (gold is delight) and by the multiplier's curve."""
     yield Band("cost without a bound", runs.finals("evaluation.safe.cost", "none-*"), low=0.2, judge="every")
     yield Band("cost under a bound of 0", runs.finals("evaluation.safe.cost", "lagrangian-*"), high=0.0)
@@ -139,6 +141,29 @@ def bands(runs):
     yield Band("learned models: exact delight", runs.finals("evaluation.safe.gold", "learned-*"))
 
 
-def _means(runs, pattern):
+def _means(runs: Runs, pattern: str) -> list[float]:
     found = [runs.finals(f"evaluation.safe.{name}", pattern) for name in ("gold", "cost")]
     return [sum(values) / len(values) for values in found]
+
+
+def picture(runs: Runs) -> Figure:
+    """The multiplier and the cost over iterations, and the final policies."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for curve in runs.curves("safe", "cost/multiplier", "lagrangian-*"):
+        left.plot(curve.steps, curve.values, color=COLORS[0], alpha=0.7)
+    left.axhline(0.8125, color="gray", linestyle=":", label="the optimal one, in closed form")
+    for color, name, word in ((COLORS[0], "lagrangian", "multiplier"), (COLORS[1], "none", "no bound")):
+        for number, curve in enumerate(runs.curves("safe", "cost/mean", f"{name}-*")):
+            middle.plot(curve.steps, curve.values, color=color, alpha=0.7, label=None if number else word)
+    for color, name in zip(COLORS, (*METHODS, "learned"), strict=False):
+        cost, delight = (runs.finals(f"evaluation.safe.{number}", f"{name}-*") for number in ("cost", "gold"))
+        right.plot(cost, delight, "o", color=color, markersize=4, label=name)
+    middle.axhline(0, color="gray", linestyle=":")
+    right.axvline(0, color="gray", linestyle=":")
+    left.set(xlabel="iteration", ylabel="multiplier", ylim=(0, None))
+    middle.set(xlabel="iteration", ylabel="mean cost")
+    right.set(xlabel="cost of the final policy", ylabel="delight")
+    for axis in (left, middle, right):
+        axis.legend(frameon=False, fontsize=8)
+    return figure
