@@ -27,7 +27,7 @@ from rlhf_jax.models import Transformer, count_params
 from rlhf_jax.models.huggingface import import_folder
 from rlhf_jax.objectives.critic_free import GroupOptimization, PolicyAlone
 from rlhf_jax.objectives.group_presets import rloo, trl_grpo
-from rlhf_jax.objectives.trimmed import Trimmed
+from rlhf_jax.objectives.shared_prompts import SharedPrompts
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.training.optimizer import Optimizer
 from rlhf_jax.training.reinforcement import Plan, Program, reinforce, take_rows
@@ -82,9 +82,8 @@ def learning(questions: Questions, case: Case, folder: Path, method: str) -> Non
     policy, params = starting_model(folder)
     sampling = Sampling(case.new_tokens, samples_per_prompt=case.group, slots=case.slots)
     group = {"grpo": trl_grpo, "rloo": rloo}[method]
-    rows = case.responses // case.microbatches
-    objective = GroupOptimization(group, PolicyAlone(policy), sampling, rows=rows)
-    trained = Trimmed(objective, case.lengths, case.microbatches) if case.lengths else objective
+    objective = GroupOptimization(group, PolicyAlone(policy), sampling, share_prompts=True)
+    trained = SharedPrompts(objective, case.group, case.lengths, case.microbatches)
     optimizer = Optimizer(case.learning_rate, clip_norm=1.0).build(1)
     phases, sampled = Phases(), []
 
@@ -108,7 +107,7 @@ def learning(questions: Questions, case: Case, folder: Path, method: str) -> Non
         rollout = drawing(params, next(prompts), key, step)
         return rollout, judging(rollout), {}
 
-    update = make_train_step(trained.loss, optimizer, with_weights=trained.with_weights, microbatches=case.microbatches)
+    update = make_train_step(trained.loss, optimizer, with_weights=trained.with_weights)
     deviations: list[float] = []
 
     def on_row(row: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ from rlhf_jax.training.signals import StopRequested
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that a run depends on.

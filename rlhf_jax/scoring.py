@@ -9,15 +9,32 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models import Aux, ScalarModel, Transformer
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.types import Context, Key, PyTree, Rollout
+from rlhf_jax.sampling.pieces import read, rows_of, with_room
+from rlhf_jax.types import Cache, Context, Key, PyTree, Rollout
 
 LOGITS_AT_A_TIME = 2**26
 """Elements of the largest logits array (256 MiB in fp32) unless the caller chooses a chunk."""
+
+
+@struct.dataclass
+class ReadPrompts:
+    """Prompts that were read once, for any number of responses to follow: see ``read_prompts``.
+
+    ``last`` is the state that chooses the first token of a response, ``cache`` what later tokens look back at.
+    """
+
+    last: Float[Array, "B E"]
+    cache: Cache
+
+    def rows(self, model: Transformer, chosen: Int[Array, "R"]) -> ReadPrompts:
+        """Those of these rows alone; one may be there several times."""
+        return ReadPrompts(self.last[chosen], rows_of(model, self.cache, chosen))
 
 
 class ScoredResponses(NamedTuple):
@@ -38,15 +55,22 @@ def score_responses(
     chunk: int | None = None,
     dropout_key: Key | None = None,
     replay: bool = False,
+    prompts: ReadPrompts | None = None,
 ) -> ScoredResponses:
     """``response_logprobs`` with what the layers report.
 
     Args:
         replay: send each token to the experts that the rollout recorded, instead of choosing them again.
+        prompts: of the rollout's rows, read before by the same model and parameters; only responses are then read, and
+            layers report of them alone. None reads both. Without dropout and replay.
 
     The other arguments are those of ``response_logprobs``.
     """
-    hidden, aux = response_states(model, params, rollout, dropout_key=dropout_key, replay=replay)
+    if prompts is None:
+        hidden, aux = response_states(model, params, rollout, dropout_key=dropout_key, replay=replay)
+    else:
+        assert dropout_key is None and not replay
+        hidden, aux = states_behind(model, params, rollout, prompts)
     logprobs, entropies = token_logprobs(
         hidden,
         lambda states: _apply(model, params, states, method="unembed"),
@@ -71,6 +95,36 @@ def response_states(
     return jnp.take_along_axis(hidden, (_response_slots(rollout) - 1)[:, :, None], axis=1), aux
 
 
+def read_prompts(
+    model: Transformer, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"]
+) -> ReadPrompts:
+    """Read prompts, so that several responses to one need not read it again each. Differentiable in ``params``.
+
+    Args:
+        model: the policy, or the reference policy.
+        params: its parameters.
+        tokens: prompts, right-padded; P is the width of a rollout's rows less that of its responses.
+        lengths: tokens of each prompt.
+    """
+    last, cache, _ = read(model, params, tokens, lengths)
+    return ReadPrompts(last, cache)
+
+
+def states_behind(
+    model: Transformer, params: PyTree, rollout: Rollout, prompts: ReadPrompts
+) -> tuple[Float[Array, "B N E"], Aux]:
+    """As ``response_states``, from prompts that were read before (full = prefill, then decode)."""
+    tokens = response_tokens(rollout)[:, :-1]
+    if tokens.shape[1] == 0:
+        return prompts.last[:, None], {}
+    number = jnp.arange(tokens.shape[1])
+    segments = (number < rollout.response_lengths[:, None]).astype(jnp.int32)
+    context = Context((rollout.prompt_lengths[:, None] + number) * segments, segments)
+    cache = with_room(model, prompts.cache, prompts.cache.positions.shape[1] + tokens.shape[1])
+    hidden, _, aux = _apply(model, params, tokens, context, cache, method="hidden")
+    return jnp.concatenate([prompts.last[:, None], hidden], axis=1), aux
+
+
 def response_tokens(rollout: Rollout) -> Int[Array, "B N"]:
     """The tokens of each response; behind its end any."""
     return jnp.take_along_axis(rollout.tokens, _response_slots(rollout), axis=1)
@@ -85,6 +139,7 @@ def response_logprobs(
     entropy: bool = True,
     chunk: int | None = None,
     dropout_key: Key | None = None,
+    prompts: ReadPrompts | None = None,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
     """Log-probability of each response token under ``sampling``'s distribution, and the entropy of that in nats.
 
@@ -100,8 +155,11 @@ def response_logprobs(
         entropy: False leaves it out, and returns None in its place.
         chunk: positions to unembed at a time, see ``ops.logprobs``; None for as many as ``LOGITS_AT_A_TIME`` allows.
         dropout_key: switches dropout on.
+        prompts: see ``score_responses``.
     """
-    scored = score_responses(model, params, rollout, sampling, entropy=entropy, chunk=chunk, dropout_key=dropout_key)
+    scored = score_responses(
+        model, params, rollout, sampling, entropy=entropy, chunk=chunk, dropout_key=dropout_key, prompts=prompts
+    )
     return scored.logprobs, scored.entropy
 
 

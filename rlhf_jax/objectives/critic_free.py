@@ -6,8 +6,10 @@ Dropout stays off here, as in the sampler: with it the first ratio would not be 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models import Transformer
 from rlhf_jax.objectives.group import GroupPolicy
@@ -15,7 +17,7 @@ from rlhf_jax.objectives.group_experience import GroupExperience
 from rlhf_jax.objectives.mixture import conclude, routing_terms
 from rlhf_jax.objectives.policy import by_rows
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.scoring import response_logprobs, score_responses
+from rlhf_jax.scoring import ReadPrompts, read_prompts, response_logprobs, score_responses
 from rlhf_jax.sharding import Placement
 from rlhf_jax.types import Key, Metrics, PyTree, Rollout, Scores
 
@@ -46,6 +48,7 @@ class GroupOptimization:
         rows: rollout rows that ``prepare`` puts through a model at a time; None takes all.
         chunk: positions to unembed at a time; None leaves it to ``scoring``.
         replay: train with the experts that the rollout's tokens were sent to, see ``PolicyOptimization``.
+        share_prompts: ``prepare`` reads each prompt once for all of its responses; for updates see ``SharedPrompts``.
     """
 
     group: GroupPolicy
@@ -54,6 +57,7 @@ class GroupOptimization:
     rows: int | None = None
     chunk: int | None = None
     replay: bool = False
+    share_prompts: bool = False
 
     def start(self) -> PyTree:
         """The controller before the first rollout."""
@@ -83,11 +87,17 @@ class GroupOptimization:
         """
 
         def logprobs(params: PyTree) -> Float[Array, "B N"]:
-            def forward(rollout: Rollout) -> Float[Array, "B N"]:
-                model, sampling = self.models.policy, self.sampling
-                return response_logprobs(model, params, rollout, sampling, entropy=False, chunk=self.chunk)[0]
+            model, copies = self.models.policy, self.sampling.samples_per_prompt
+            asked = prompts_of(rollout, copies) if self.share_prompts else None
+            prompts = None if asked is None else read_prompts(model, params, *asked)
 
-            return by_rows(forward, rollout, self.rows)
+            def forward(rows: tuple[Rollout, Int[Array, "B"]]) -> Float[Array, "B N"]:
+                own = None if prompts is None else prompts.rows(model, rows[1])
+                return response_logprobs(
+                    model, params, rows[0], self.sampling, entropy=False, chunk=self.chunk, prompts=own
+                )[0]
+
+            return by_rows(forward, (rollout, jnp.arange(rollout.tokens.shape[0]) // copies), self.rows)
 
         return self.group.prepare(
             rollout,
@@ -111,13 +121,17 @@ class GroupOptimization:
         return self.group.with_weights(experience)
 
     def loss(
-        self, params: PyTree, experience: GroupExperience, key: Key | None = None
+        self,
+        params: PyTree,
+        experience: GroupExperience,
+        key: Key | None = None,
+        prompts: ReadPrompts | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The policy loss and its metrics. ``key`` is not used."""
+        """The policy loss and its metrics. ``key`` is not used; ``prompts`` are those of the rows, if read before."""
         del key
         rollout = experience.rollout
         scored = score_responses(
-            self.models.policy, params, rollout, self.sampling, chunk=self.chunk, replay=self.replay
+            self.models.policy, params, rollout, self.sampling, chunk=self.chunk, replay=self.replay, prompts=prompts
         )
         assert scored.entropy is not None
         loss, metrics = self.group.policy_loss(scored.logprobs, scored.entropy, experience)
@@ -128,3 +142,9 @@ class GroupOptimization:
     def conclude(self, params: PyTree, metrics: Metrics) -> tuple[PyTree, Metrics]:
         """After the update: the load of experts as numbers. Their biases stay, as the policy is what sampled."""
         return params, conclude(self.models.policy, params, metrics, frozen=True)[1]
+
+
+def prompts_of(rollout: Any, copies: int) -> tuple[Int[Array, "P W"], Int[Array, "P"]]:
+    """Tokens and lengths of the prompts of a rollout, or of experience, each of which has ``copies`` rows in turn."""
+    width = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+    return rollout.tokens[::copies, :width], rollout.prompt_lengths[::copies]

@@ -257,9 +257,12 @@ class PolicyOptimization:
         return self.models.conclude(params, metrics)
 
 
-def by_rows(function: Callable[[Rollout], PyTree], rollout: Rollout, rows: int | None) -> PyTree:
-    """``function(rollout)``, a few rows at a time; every ``total / rows``-th row together, so that shards stay put."""
-    total = rollout.tokens.shape[0]
+def by_rows(function: Callable[[Any], PyTree], rollout: Any, rows: int | None) -> PyTree:
+    """``function(rollout)``, a few rows at a time; every ``total / rows``-th row together, so that shards stay put.
+
+    ``rollout`` may be any arrays whose rows belong together; scalars are given to every part.
+    """
+    total = next(leaf.shape[0] for leaf in jax.tree.leaves(rollout) if leaf.ndim)
     if rows is None or rows >= total:
         return function(rollout)
     if total % rows:

@@ -50,7 +50,7 @@ class Trimmed:
         rows = experience.tokens.shape[0]
         if self.microbatches == 1 or active_mesh() is not None:
             return experience
-        order = jnp.argsort(_used(experience), stable=True)
+        order = jnp.argsort(used_slots(experience), stable=True)
         # Microbatch i of m takes rows i, i + m, ...
         order = order.reshape(self.microbatches, rows // self.microbatches).T.reshape(-1)
         return jax.tree.map(lambda x: x if jnp.ndim(x) == 0 else x[order], experience)
@@ -59,7 +59,7 @@ class Trimmed:
         """The objective's loss and metrics, of rows that are as short as they may be."""
         whole = experience.response_mask.shape[1]
         lengths = (*(n for n in self.lengths if n < whole), whole)
-        level = jnp.searchsorted(jnp.array(lengths), jnp.max(_used(experience)))
+        level = jnp.searchsorted(jnp.array(lengths), jnp.max(used_slots(experience)))
 
         def at(length: int) -> Any:
             return lambda params: self.objective.loss(params, cut(experience, length), key)
@@ -110,7 +110,7 @@ def cut(experience: Any, length: int) -> Any:
     return dataclasses.replace(experience, **{name: shorter(name, getattr(experience, name)) for name in fields})
 
 
-def _used(experience: Any) -> Int[Array, "B"]:
+def used_slots(experience: Any) -> Int[Array, "B"]:
     """How many slots of each row's response matter: its tokens, and states with a value behind them."""
     used = experience.response_mask | getattr(experience, "value_mask", experience.response_mask)
     return jnp.max(jnp.where(used, jnp.arange(1, used.shape[1] + 1), 0), axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.models import Transformer, empty_cache
+from rlhf_jax.models import Aux, Transformer, empty_cache
 from rlhf_jax.ops.meshes import constrain_rows
 from rlhf_jax.sampling.settings import Sampling
 from rlhf_jax.types import Cache, Context, Key, PromptBatch, PyTree, Rollout
@@ -19,34 +20,60 @@ def prefill(
     model: Transformer, params: PyTree, prompts: PromptBatch, sampling: Sampling
 ) -> tuple[Float[Array, "B V"], Cache, Int[Array, "layers B P k"] | None]:
     """Read each prompt once: the logits after its last token, a cache of just the prompts' width, and the routing."""
-    rows, width = prompts.tokens.shape
-    context = Context.of_lengths(prompts.lengths, width)
-    cache = constrain_rows(empty_cache(model, rows, width))
-    hidden, cache, aux = apply(model, params, prompts.tokens, context, cache, method="hidden")
-    last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
+    last, cache, aux = read(model, params, prompts.tokens, prompts.lengths)
     logits = apply(model, params, last, method="unembed")
     return logits, cache, aux["moe/experts"] if sampling.record_routing else None
+
+
+def read(
+    model: Transformer, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B E"], Cache, Aux]:
+    """The hidden state of the last token of each right-padded row, a cache of all tokens, and the layers' reports."""
+    rows, width = tokens.shape
+    cache = constrain_rows(empty_cache(model, rows, width))
+    hidden, cache, aux = apply(model, params, tokens, Context.of_lengths(lengths, width), cache, method="hidden")
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache, aux
 
 
 def apply(model: Transformer, params: PyTree, *inputs: Any, method: str = "__call__") -> Any:
     return model.apply({"params": params}, *inputs, method=method)
 
 
-def resized(model: Transformer, cache: Cache, rows: int, slots: int) -> Cache:
-    """The same cache with each row repeated to make ``rows``, and room for ``slots`` tokens.
+def by_row(model: Transformer, change: Callable[..., Array], cache: Cache, *others: Cache) -> Cache:
+    """The cache with ``change(axis of its rows, part, the same part of others)`` in place of each part that has rows.
 
-    Which axis holds the rows is found by comparing shapes, because mixers lay out their state as they please.
+    Which axis that is is found by comparing shapes, because mixers lay out their state as they please.
     """
-    old_rows, old_slots = cache.positions.shape
-    twice = jax.eval_shape(lambda: empty_cache(model, 2 * old_rows, old_slots))
+    rows, slots = cache.positions.shape
+    twice = jax.eval_shape(lambda: empty_cache(model, 2 * rows, slots))
 
-    def fit(old: Array, doubled: jax.ShapeDtypeStruct, empty: Array) -> Array:
-        for axis, (before, after) in enumerate(zip(old.shape, doubled.shape, strict=True)):
-            if before != after:
-                old = jnp.repeat(old, rows // old_rows, axis=axis)
+    def changed(doubled: jax.ShapeDtypeStruct, part: Array, *same: Array) -> Array:
+        pairs = zip(part.shape, doubled.shape, strict=True)
+        axis = next((axis for axis, (one, two) in enumerate(pairs) if one != two), None)
+        return part if axis is None else change(axis, part, *same)
+
+    return jax.tree.map(changed, twice, cache, *others)
+
+
+def rows_of(model: Transformer, cache: Cache, chosen: Int[Array, "R"]) -> Cache:
+    """The cache of these rows alone; one may be there several times."""
+    return by_row(model, lambda axis, part: jnp.take(part, chosen, axis=axis), cache)
+
+
+def with_room(model: Transformer, cache: Cache, slots: int) -> Cache:
+    """The same cache with room for ``slots`` tokens of each row."""
+
+    def fit(old: Array, empty: Array) -> Array:
         return old if old.shape == empty.shape else jax.lax.dynamic_update_slice(empty, old, (0,) * old.ndim)
 
-    return constrain_rows(jax.tree.map(fit, cache, twice, empty_cache(model, rows, slots)))
+    return jax.tree.map(fit, cache, empty_cache(model, cache.positions.shape[0], slots))
+
+
+def resized(model: Transformer, cache: Cache, rows: int, slots: int) -> Cache:
+    """The same cache with each row repeated to make ``rows``, and room for ``slots`` tokens."""
+    times = rows // cache.positions.shape[0]
+    repeated = by_row(model, lambda axis, part: jnp.repeat(part, times, axis=axis), cache)
+    return constrain_rows(with_room(model, repeated, slots))
 
 
 def draw(sampling: Sampling, logits: Float[Array, "B V"], keys: Key) -> tuple[Int[Array, "B"], Float[Array, "B"]]:

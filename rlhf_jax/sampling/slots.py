@@ -22,14 +22,17 @@ from rlhf_jax.ops.meshes import active_mesh, constrain_rows
 from rlhf_jax.sampling.pieces import (
     Drawn,
     apply,
+    by_row,
     draw,
     ends,
     nothing_drawn,
     prefill,
     rollout_of,
     row_keys,
+    rows_of,
     slots_of,
     token_keys,
+    with_room,
 )
 from rlhf_jax.sampling.settings import Sampling
 from rlhf_jax.types import Cache, Context, Key, PromptBatch, PyTree, Rollout
@@ -187,23 +190,12 @@ def _routing_shape(model: Transformer, params: PyTree, prompts: PromptBatch, sam
 
 
 def _put(model: Transformer, cache: Cache, read: Cache, chosen: Int[Array, " few"], place: Int[Array, " few"]) -> Cache:
-    """The cache with some rows of ``read`` in the given places; everything that was there is gone.
+    """The cache with some rows of ``read`` in the given places; everything that was there is gone."""
 
-    Which axis holds the rows is found by comparing shapes, because mixers lay out their state as they please.
-    """
+    def put(axis: int, old: Array, new: Array) -> Array:
+        return old.at[(slice(None),) * axis + (place,)].set(new.astype(old.dtype), mode="drop")
 
-    def put(old: Array, doubled: jax.ShapeDtypeStruct, new: Array) -> Array:
-        axis = _row_axis(old, doubled)
-        if axis is None:
-            return old
-        new = jnp.take(new, chosen, axis=axis)
-        room = [
-            (0, 0) if i == axis else (0, after - before)
-            for i, (before, after) in enumerate(zip(new.shape, old.shape, strict=True))
-        ]
-        return old.at[(slice(None),) * axis + (place,)].set(jnp.pad(new, room).astype(old.dtype), mode="drop")
-
-    return jax.tree.map(put, cache, _twice(model, cache), read)
+    return by_row(model, put, cache, with_room(model, rows_of(model, read, chosen), cache.positions.shape[1]))
 
 
 def _fewer(places: int) -> list[int]:
@@ -216,26 +208,9 @@ def _fewer(places: int) -> list[int]:
 def _moved_together(model: Transformer, state: _Places, size: int) -> _Places:
     """The live places, at most ``size``, and no others."""
     kept = jnp.argsort(~state.live, stable=True)[:size]
-
-    def keep(old: Array, doubled: jax.ShapeDtypeStruct) -> Array:
-        axis = _row_axis(old, doubled)
-        return old if axis is None else jnp.take(old, kept, axis=axis)
-
     places = ("row", "token", "number", "at", "live", "keys")
     return replace(
         state,
-        cache=jax.tree.map(keep, state.cache, _twice(model, state.cache)),
+        cache=rows_of(model, state.cache, kept),
         **{name: getattr(state, name)[kept] for name in places},
     )
-
-
-def _twice(model: Transformer, cache: Cache) -> Cache:
-    """Shapes of a cache of twice as many rows."""
-    rows, slots = cache.positions.shape
-    return jax.eval_shape(lambda: empty_cache(model, 2 * rows, slots))
-
-
-def _row_axis(x: Array, doubled: jax.ShapeDtypeStruct) -> int | None:
-    """The axis of a part of the cache that holds the rows."""
-    differing = [i for i, (one, two) in enumerate(zip(x.shape, doubled.shape, strict=True)) if one != two]
-    return differing[0] if differing else None

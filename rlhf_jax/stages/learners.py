@@ -19,6 +19,7 @@ from rlhf_jax.objectives.lagrangian import LagrangianOptimization, TwoCritics
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.policy import PolicyOptimization, SeparateCritic, SharedCritic
 from rlhf_jax.objectives.ptx import PtxMix
+from rlhf_jax.objectives.shared_prompts import SharedPrompts
 from rlhf_jax.objectives.trimmed import Trimmed
 from rlhf_jax.ops.lagrange import Lagrangian
 from rlhf_jax.sharding import Placement
@@ -40,7 +41,10 @@ def objective_of(
     """The objective that a stage names; critics are the models they start from, None for methods without one."""
     rows, replay = stage.rows_at_a_time, stage.replay_routing
     if isinstance(stage.ppo, GroupPolicy):
-        return GroupOptimization(stage.ppo, PolicyAlone(policy), stage.sampling, rows=rows, replay=replay)
+        shared = stage.share_prompts
+        return GroupOptimization(
+            stage.ppo, PolicyAlone(policy), stage.sampling, rows=rows, replay=replay, share_prompts=shared
+        )
     assert critic is not None
     if stage.cost is not None and isinstance(stage.cost.by, Lagrangian):
         both = TwoCritics(policy, critic, critic if cost_critic is None else cost_critic)
@@ -110,8 +114,12 @@ def preparation(objective: Objective) -> Callable[..., Any]:
     return compiled
 
 
-def mix(stage: Reinforce, objective: Objective) -> Objective | Trimmed | PtxMix:
-    """What an update minimises: the objective, on rows cut short where the stage says so, with its pretraining text."""
+def mix(stage: Reinforce, objective: Objective) -> Objective | Trimmed | SharedPrompts | PtxMix:
+    """What an update minimises: the objective, on rows cut short or with shared prompts where the stage says so, with
+    its pretraining text."""
+    if stage.share_prompts:
+        assert isinstance(objective, GroupOptimization)
+        return SharedPrompts(objective, stage.sampling.samples_per_prompt, stage.update_lengths, stage.microbatches)
     language = LanguageModel(objective.models.policy, name="ptx")
     whole = Trimmed(objective, stage.update_lengths, stage.microbatches) if stage.update_lengths else objective
     return whole if stage.ptx is None else PtxMix(whole, language, stage.ptx.coef, stage.ptx.texts_per_episode)
@@ -135,5 +143,6 @@ def update_step(stage: Reinforce, objective: Objective, optimizer: Any, sharding
     whole = mix(stage, objective)
     return make_train_step(
         whole.loss, optimizer, with_weights=whole.with_weights, conclude=whole.conclude,
-        microbatches=stage.microbatches, ema_decay=stage.ema_decay, state_shardings=shardings,
+        microbatches=1 if stage.share_prompts else stage.microbatches, ema_decay=stage.ema_decay,
+        state_shardings=shardings,
     )  # fmt: skip

@@ -143,6 +143,8 @@ def reinforce(
             state, controller, row, tokens = _learn(
                 program, plan, state, controller, collected, streams, key, iteration
             )
+            if checkpoints is not None and checkpoints.due(iteration):
+                rollouts.wait()  # saving would, and no rate would tell
             row |= clock.rates(response_tokens=tokens, iterations=1)
             due = plan.evaluate_every is not None and iteration % plan.evaluate_every == 0
             finish(row, measure=due or iteration == plan.iterations)
