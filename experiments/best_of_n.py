@@ -14,7 +14,8 @@ the words that were kept, and exactly, over all words, of the imitator. Two sett
 
 PPO climbs the same reward without a KL penalty; its KL and reward are those of its samples, iteration by iteration, and
 a cubic in the root of the KL goes through those below 4 nats. ``ppo-penalty`` has a penalty and is judged by its end.
-The best reward at a KL is that of ``p exp(t reward)``.
+The best reward at a KL is that of ``p exp(t reward)``. Expected: counts within 0.04 nats of the formula, imitators 0.01
+(N = 2) to 0.13 (N = 64) under it. Hardware: two CPU cores, 111 s of processor time a seed.
 """
 
 from __future__ import annotations
