@@ -16,12 +16,12 @@ from rlhf_jax.models import abstract_params
 from rlhf_jax.planning import machines
 from rlhf_jax.planning.compiling import executable, lowered
 from rlhf_jax.planning.numbers import device_bytes
-from rlhf_jax.planning.online import EOS, PAD
 from rlhf_jax.planning.pieces import Stage
 from rlhf_jax.planning.plan import plan
 from rlhf_jax.planning.programs import stage_programs
+from rlhf_jax.planning.sampler import EOS, PAD
 from rlhf_jax.sampling import sample
-from rlhf_jax.stages import judging, learners, reinforce, rollouts, supervised
+from rlhf_jax.stages import distill, judging, learners, reinforce, rollouts, supervised
 
 
 def programs(experiment: Experiment, name: str, responses: int = 2) -> Stage:
@@ -115,23 +115,33 @@ def held_by_a_run(folder: str, layout: dict[str, int]) -> dict[str, list[int]]:
 
         return measured
 
-    for module in (supervised, learners):
+    for module in (supervised, learners, distill):
         module.make_train_step = functools.partial(make, module.make_train_step)
     run(wider(layout), Path(folder), announce=lambda words: names.append(words.split("] ")[-1]))
     return held
 
 
 def wider(layout: dict[str, int]) -> Experiment:
-    """The tiny experiment with a model whose size is not lost among scalars."""
+    """The tiny experiment with a model whose size is not lost among scalars, and distillation for fine-tuning."""
     from rlhf_jax import config
 
     changes = {"model.d_model": "64", "model.vocab_size": "24", "stages.ppo.minibatch": "8", "stages.ppo.ptx": "None",
-               "stages.pretrain.train.batch": "8", "stages.sft.train.batch": "8", "stages.reward.train.batch": "8",
-               "stages.ppo.prompts_per_iteration": "8"}  # fmt: skip
+               "stages.pretrain.train.batch": "8", "stages.reward.train.batch": "8", "stages.reward.init": "pretrain",
+               "stages.ppo.policy": "pretrain", "stages.ppo.prompts_per_iteration": "8"}  # fmt: skip
     changes |= {f"layout.{axis}": str(size) for axis, size in layout.items()}
-    experiment = config.override(tiny_experiment.config(), changes)
+    tiny = tiny_experiment.config()
+    pretrain, _, reward, ppo = tiny.stages
+    taught = distill.Distill(
+        student="pretrain", teacher="pretrain", prompts=ppo.prompts, prompt_length=1, sampling=ppo.sampling,
+        optimizer=ppo.optimizer, iterations=1, prompts_per_iteration=8, minibatch=8,
+    )  # fmt: skip
     # Meshes change where things lie and not what there is, so two stages tell enough there.
-    return dataclasses.replace(experiment, evaluation=None, stages=experiment.stages[: 2 if layout else None])
+    stages = (pretrain, taught) if layout else (pretrain, taught, reward, ppo)
+    if layout:
+        changes = {
+            path: value for path, value in changes.items() if not path.startswith(("stages.ppo", "stages.reward"))
+        }
+    return config.override(dataclasses.replace(tiny, evaluation=None, stages=stages), changes)
 
 
 def planned_bytes(layout: dict[str, int], devices: int) -> dict[str, list[int]]:

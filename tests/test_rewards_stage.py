@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlhf_jax.objectives.policy import Controller, PolicyOptimization
 from rlhf_jax.objectives.ppo import PPO
 from rlhf_jax.ops.kl import FixedKL
 from rlhf_jax.overview import stage_size
+from rlhf_jax.planning.programs import stage_programs
 from rlhf_jax.rewards import (
     Arithmetic,
     Ensemble,
@@ -36,6 +38,8 @@ from rlhf_jax.rewards import (
     Sum,
 )
 from rlhf_jax.sampling import Sampling, sample
+from rlhf_jax.sharding import Placement
+from rlhf_jax.stages import judging
 from rlhf_jax.stages.evaluation import Evaluation
 from rlhf_jax.stages.judging import jury, load_models, ready
 from rlhf_jax.stages.outputs import Output, load_output, save_output
@@ -48,6 +52,7 @@ from rlhf_jax.types import Context, Scores
 TINY = tiny_experiment.config()
 MODEL = TINY.model
 SAMPLING = Sampling(max_new_tokens=6, samples_per_prompt=2)
+PASSES = ("score_rollout", "score_tokens", "score_continuations")
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +118,26 @@ def run(stage: Reinforce, folder: Path):
 
 
 @pytest.fixture(scope="module")
-def row(saved, tmp_path_factory):
+def passes():
+    """How often each kind of model was run; ``row`` counts."""
+    return collections.Counter()
+
+
+@pytest.fixture(scope="module")
+def row(saved, passes, tmp_path_factory):
     """The metrics of one iteration with all kinds of rewards."""
-    (found,) = run(stage(saved), tmp_path_factory.mktemp("runs") / "run")
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            passes[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PASSES:
+            patch.setattr(judging, name, counted(name, getattr(judging, name)))
+        (found,) = run(stage(saved), tmp_path_factory.mktemp("runs") / "run")
     return found
 
 
@@ -131,6 +153,13 @@ def test_a_policy_learns_from_all_kinds_of_rewards_but_not_from_what_failed(row)
     assert 0 < row["reward/rubric_mass"] < 1 and row["reward/ensemble_spread"] > 0 > row["reward/steps"]
     assert 0 < row["reward/dropped"] < 1
     assert row["group/used"] == pytest.approx(1 - row["reward/dropped"])
+
+
+def test_a_plan_has_every_pass_of_a_model(row, passes, saved):
+    planned = {each.name: each.runs for each in stage_programs(stage(saved), MODEL, Placement(), None).programs}
+    found = {name: planned[name] for name in ("score", "process", "rubric")}
+    assert dict(passes) == dict(zip(PASSES, found.values(), strict=True))
+    assert set(planned) == {*found, "sample", "prepare", "update"}
 
 
 def test_every_metric_is_documented(row):

@@ -12,6 +12,7 @@ import pytest
 import tiny_experiment
 from rich.console import Console
 from test_metrics_table import documented
+from test_planning_programs import text
 
 from rlhf_jax import config as values
 from rlhf_jax import experiment as programs
@@ -22,8 +23,10 @@ from rlhf_jax.models.q_heads import GuidedTransformer, without_heads
 from rlhf_jax.objectives.distillation import Divergence
 from rlhf_jax.overview import show
 from rlhf_jax.planning.programs import stage_programs
-from rlhf_jax.sampling import Sampling
+from rlhf_jax.planning.sampler import EOS, PAD
+from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.sharding import Placement
+from rlhf_jax.stages import best_of_n, rollouts
 from rlhf_jax.stages.best_of_n import ExpertIteration, Selection
 from rlhf_jax.stages.distill import Distill
 from rlhf_jax.stages.evaluation import Evaluation
@@ -31,6 +34,7 @@ from rlhf_jax.stages.ilql import ILQL, Steer
 from rlhf_jax.stages.outputs import load_output
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.optimizer import Optimizer
+from rlhf_jax.training.step import make_train_step
 
 TASK = tiny_experiment.TASK
 WALKS, STARTS = (TaskDemonstrations(TASK, 40),), (TaskPrompts(TASK, 8),)
@@ -58,9 +62,33 @@ EXPERIMENT = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def texts():
+    """Of the programs of expert iteration; ``finished`` fills it."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("runs") / "offline"
-    return folder, programs.run(EXPERIMENT, folder)
+
+    def make(*arguments, **options):
+        step = make_train_step(*arguments, **options)
+
+        def told(*arguments):
+            texts.setdefault("update", text(step, *arguments))
+            return step(*arguments)
+
+        return told
+
+    def draw(model, params, prompts, sampling, key, step, **ids):
+        again = lambda p, prompts, key, step: sample(model, p, prompts, sampling, key, step, eos_id=EOS, pad_id=PAD)  # noqa: E731
+        texts.setdefault("sample", text(again, params, prompts, key, step))
+        return sample(model, params, prompts, sampling, key, step, **ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_of_n, "make_train_step", make)
+        patch.setattr(rollouts, "sample", draw)
+        return folder, programs.run(EXPERIMENT, folder)
 
 
 def leaves(folder, stage):
@@ -124,17 +152,26 @@ def test_every_logged_metric_is_documented(finished, section, stage):
     assert logged == {name.replace("STAGE", stage) for name in documented(section)}
 
 
-def test_experiment_reads_back_is_shown_and_is_planned_or_says_that_it_is_not():
+def test_planned_programs_are_those_that_are_run(finished, texts):
+    planned = stage_programs(EXPERT, EXPERIMENT.model, Placement(), None)
+    assert [(program.name, program.runs) for program in planned.programs] == [("sample", 2), ("update", 2)]
+    for program in planned.programs:
+        assert text(program.function, *program.arguments) == texts[program.name], program.name
+    # The first policy is held for the sake of restarts.
+    assert set(planned.resident) == {"parameters", "optimizer", "start"}
+
+
+def test_experiment_reads_back_is_shown_and_is_planned():
     assert values.revive(values.describe(EXPERIMENT)) == EXPERIMENT
     out = io.StringIO()
     show(EXPERIMENT, Console(file=out, width=240))
     for words in ("4 rows x 16 tokens", "beta = 50.0", "2 prompts x 3 sampled at once; 3 rounds of 8 responses"):
         assert words in out.getvalue()
-    (update,) = stage_programs(OFFLINE, EXPERIMENT.model, Placement(), None).programs
-    jax.eval_shape(update.function, *update.arguments)
-    for stage in EXPERIMENT.stages[1:]:
-        with pytest.raises(UserError, match=f"stage {stage.name!r} is not planned"):
-            stage_programs(stage, EXPERIMENT.model, Placement(), None)
+    for stage in (OFFLINE, DISTILL):
+        update = stage_programs(stage, EXPERIMENT.model, Placement(), None).programs[-1]
+        jax.eval_shape(update.function, *update.arguments)
+    with pytest.raises(UserError, match="stage 'steered' is not planned"):
+        stage_programs(EXPERIMENT.stages[-1], EXPERIMENT.model, Placement(), None)
 
 
 def test_what_cannot_be_is_refused(tmp_path):

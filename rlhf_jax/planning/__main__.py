@@ -51,7 +51,7 @@ def _planned(request: dict[str, Any]) -> dict[str, Any]:
 
     found = plan(experiment, machine, devices, compiler=compiler, only=request["stage"],
                  responses=request["responses"], progress=progress)  # fmt: skip
-    return found | {"notes": notes}
+    return found | {"notes": notes + found["notes"]}
 
 
 if __name__ == "__main__":

@@ -23,17 +23,15 @@ from rlhf_jax.scoring import LOGITS_AT_A_TIME
 from rlhf_jax.types import PyTree, TrainState
 
 
-def estimated(program: Program, model: Transformer, machine: Machine, rows: int, width: int) -> Numbers:
+def estimated(program: Program, model: Transformer, machine: Machine) -> Numbers:
     """The numbers of a program.
 
     Args:
         program: any.
         model: the language model.
         machine: what it runs on.
-        rows: in one pass through the model, on all devices.
-        width: tokens of each.
     """
-    placement = program.placement
+    placement, (rows, width) = program.placement, program.shape
     tokens = math.ceil(rows / placement.row_ways) * math.ceil(width / _ways(program, CONTEXT))
     item = jnp.dtype(model.dtype).itemsize
     widest = max(int(getattr(block.ffn, "width", 0)) * (2 if getattr(block.ffn, "gated", False) else 1)

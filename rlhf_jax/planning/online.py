@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import ScalarModel, Transformer, abstract_params, empty_cache
+from rlhf_jax.models import Transformer
 from rlhf_jax.objectives.critic_free import PolicyAlone
 from rlhf_jax.objectives.group import GroupPolicy
 from rlhf_jax.objectives.lagrangian import TwoCritics
 from rlhf_jax.objectives.policy import SharedCritic
 from rlhf_jax.objectives.ptx import PtxMix
 from rlhf_jax.planning import work
-from rlhf_jax.planning.pieces import Program, Stage, ints, placed, random_key, resident, texts, train_state
-from rlhf_jax.rewards.base import models_of
-from rlhf_jax.sampling import sample
+from rlhf_jax.planning.judges import judging_models, judging_programs
+from rlhf_jax.planning.pieces import (
+    Program,
+    Stage,
+    of_trained,
+    params_of,
+    placed,
+    random_key,
+    resident,
+    texts,
+    train_state,
+)
+from rlhf_jax.planning.sampler import sampling_program
+from rlhf_jax.rewards.base import has_steps
 from rlhf_jax.sharding import Placement, with_shardings
-from rlhf_jax.stages.costs import models_of_costs
 from rlhf_jax.stages.freezing import above, parted
 from rlhf_jax.stages.learners import abstract_start, mix, preparation, update_step
 from rlhf_jax.stages.reinforce import Reinforce
-from rlhf_jax.stages.responses import score_rollout
 from rlhf_jax.training.reinforcement import take_rows
-from rlhf_jax.types import PromptBatch, PyTree, Scores, filled
-
-EOS, PAD = 1, 0
-"""Ids that stand for the tokenizer's; no shape depends on them."""
+from rlhf_jax.types import PyTree, Rollout, Scores
 
 
 def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, devices: Sequence[Any] | None) -> Stage:
@@ -42,11 +48,10 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
         sampling = replace(stage.sampling, max_new_tokens=stage.turns.length)
         stage = replace(stage, sampling=sampling, turns=None)
     objective, shapes = abstract_start(stage, model)
-    models, scorer = objective.models, ScalarModel(model.clone(parent=None), head_init="reward")
+    models, policy = objective.models, objective.models.policy
     params = with_shardings(shapes, models.placed(placement))
     compared = not isinstance(stage.ppo, GroupPolicy) or stage.ppo.uses_reference
-    policy = models.policy
-    reference = with_shardings(abstract_params(policy), placement.params(policy)) if compared else None
+    reference = params_of(policy, placement) if compared else None
     optimizer, ema = stage.transformation, stage.ema_decay is not None
     placements, below = parted(models, models.placed(placement), stage.frozen_rounds)
     moved, fixed = parted(models, params, stage.frozen_rounds)
@@ -55,37 +60,37 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
     frozen: dict[str, PyTree] = (
         {"reference": above(reference) if stage.frozen_rounds else reference} if compared else {}
     )
-    judged = models_of(stage.reward) + ([] if stage.gold is None else models_of(stage.gold))
-    judged += models_of_costs(stage.cost)
-    kinds = list(dict(judged).values())
-    judge = with_shardings(abstract_params(scorer), placement.params(scorer))
-    asked = with_shardings(abstract_params(model), placement.params(model))
-    if kinds:
-        judges = [judge if kind == "scalar" else asked for kind in kinds]
-        frozen["reward"] = judges[0] if len(judges) == 1 else judges
+    rewards = [stage.reward] if stage.gold is None else [stage.reward, stage.gold]
+    rewards += [] if stage.cost is None else stage.cost.sources
+    frozen |= judging_models(rewards, model, placement)
     separate = placement.folded() if stage.sampling_layout is None else stage.sampling_layout.place(devices)
-    sampler = sampling_program(stage, models.policy, separate, moved=separate.mesh != placement.mesh)
-    rollout = placed(jax.eval_shape(sampler.function, *sampler.arguments), placement)
-    controller = jax.eval_shape(objective.start)
-    each = jax.ShapeDtypeStruct((stage.rollout,), jnp.float32)
-    scores = Scores(each, cost=None if stage.cost is None else each)  # pyright: ignore[reportArgumentType]
+    draw = functools.partial(
+        sampling_program, policy, prompts=stage.prompts_per_iteration, width=stage.prompt_length, placement=separate,
+        moved=separate.mesh != placement.mesh, parked=_parked(stage),
+    )  # fmt: skip
+    programs = [draw(stage.sampling)]
+    rollout = placed(jax.eval_shape(programs[0].function, *programs[0].arguments), placement)
+    judged = functools.partial(
+        judging_programs, rewards, model, placement, rows=stage.rows_at_a_time, parked=_parked(stage, "reward")
+    )
+    programs += judged(rollout)
+    if _against_greedy(stage):
+        greedy = draw(replace(stage.sampling, greedy=True, samples_per_prompt=1, record_routing=False, slots=None),
+                      name="greedy")  # fmt: skip
+        drawn = placed(jax.eval_shape(greedy.function, *greedy.arguments), placement)
+        programs += [greedy, *(replace(each, name=f"{each.name} greedy") for each in judged(drawn))]
     width, new = stage.prompt_length + stage.sampling.max_new_tokens, stage.sampling.max_new_tokens
     read = work.reading(model, stage.rollout, width)
     answers = work.reading(model, stage.rollout, width, unembedded=stage.rollout * new)
-    programs = [sampler]
-    if "scalar" in kinds:
-        programs.append(Program("score", functools.partial(score_rollout, scorer, rows=stage.rows_at_a_time),
-                                (judge, rollout), placement, read, runs=kinds.count("scalar"),
-                                transient={"rollout": rollout},
-                                parked=_parked(stage, "reward")))  # fmt: skip
-    prepare = preparation(objective)
+    controller, scores = jax.eval_shape(objective.start), _scores(stage, rollout)
+    prepare, rows = preparation(objective), stage.rollout if stage.rows_at_a_time is None else stage.rows_at_a_time
     arguments = (params, reference, rollout, scores, controller)
     critics = 2 if isinstance(models, TwoCritics) else 1
     prepared = answers + read.times(critics)
     if isinstance(stage.ppo, GroupPolicy):
         prepared = answers.times(stage.ppo.uses_reference + (stage.ppo.correction is not None))
-    programs.append(Program("prepare", prepare, arguments, placement, prepared, transient={"rollout": rollout},
-                            parked=_parked(stage, "reference")))  # fmt: skip
+    programs.append(Program("prepare", prepare, arguments, placement, prepared, (rows, width),
+                            transient={"rollout": rollout}, parked=_parked(stage, "reference")))  # fmt: skip
     experience = placed(jax.eval_shape(prepare, *arguments)[0], placement)
 
     whole = mix(stage, objective)
@@ -111,48 +116,39 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
     batch = placed(minibatch(stage.minibatch), placement)
     programs.append(Program(
         "update", step, (state, batch, random_key()), placement, forward(model) + forward(moving).times(2),
+        (stage.minibatch // stage.microbatches, width),
         runs=stage.epochs * (stage.rollout // stage.minibatch), transient={"batch": batch, "experience": experience},
         parked=_parked(stage, "optimizer"),
-        loss=(_filled_in(whole.loss, fixed), moved, lambda n: jax.eval_shape(whole.with_weights, minibatch(n)),
+        loss=(of_trained(whole.loss, fixed), moved, lambda n: jax.eval_shape(whole.with_weights, minibatch(n)),
               stage.minibatch // stage.microbatches),
     ))  # fmt: skip
     return Stage(stage.name, tuple(programs), resident(state) | frozen, stage.rollout * new,
                  "response tokens")  # fmt: skip
 
 
-def sampling_program(stage: Reinforce, model: Transformer, placement: Placement, moved: bool) -> Program:
-    """Sampling a rollout; ``moved`` where the policy is copied into a layout of its own for it."""
-    sampling, prompts = stage.sampling, stage.prompts_per_iteration
-    params = with_shardings(abstract_params(model), placement.params(model))
-    asked = placed(PromptBatch(ints(prompts, stage.prompt_length), ints(prompts), ints(prompts)), placement)
+def _scores(stage: Reinforce, rollout: Rollout) -> Scores:
+    """What the rewards of a stage say of its rollout, abstract."""
+    rows = rollout.response_mask.shape[0]
+    each, used = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    found: dict[str, Any] = {"score": each}
+    if has_steps(stage.reward):
+        shape = rollout.response_mask.shape
+        found["token_rewards"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        found["steps"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    if stage.on_error == "drop":
+        found["used"] = used
+    if stage.cost is not None:
+        found["cost"] = each
+    if _against_greedy(stage):
+        found["baseline"] = each
+    return Scores(**found)
 
-    def draw(params: PyTree, prompts: PromptBatch, key: jax.Array, step: jax.Array):
-        return sample(model, params, prompts, sampling, key, step, eos_id=EOS, pad_id=PAD)
 
-    slots = min(-(-(stage.prompt_length + sampling.max_new_tokens - 1) // 8) * 8, model.max_length)
-    return Program(
-        "sample", draw, (params, asked, random_key(), ints()), placement,
-        work.sampling(model, prompts, stage.prompt_length, sampling.samples_per_prompt, sampling.max_new_tokens),
-        transient={"batch": asked} | ({"moved policy": params} if moved else {}),
-        parked=_parked(stage),
-        trips=sampling.max_new_tokens - 1,
-        cache=jax.eval_shape(lambda: empty_cache(model, stage.rollout, slots)),
-        smaller=lambda repeats: sampling_program(
-            stage, model.clone(repeats=repeats, split=min(model.split, repeats - 1)), placement, moved
-        ),
-    )  # fmt: skip
+def _against_greedy(stage: Reinforce) -> bool:
+    return isinstance(stage.ppo, GroupPolicy) and stage.ppo.baseline == "greedy"
 
 
 def _parked(stage: Reinforce, *needed: str) -> tuple[str, ...]:
     """What waits in the host's memory while only these of it are needed; the average goes with the optimizer."""
     found = [kind for kind in stage.offload if kind not in needed]
     return (*found, "average") if "optimizer" in found else tuple(found)
-
-
-def _filled_in(loss: Callable[..., Any], frozen: PyTree | None) -> Callable[..., Any]:
-    """The loss as a function of what is trained alone; what is frozen has shapes and no values."""
-
-    def of_trained(params: PyTree, *others: Any) -> Any:
-        return loss(filled(params, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), frozen)), *others)
-
-    return of_trained

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models import abstract_params
 from rlhf_jax.planning.work import Work
 from rlhf_jax.sharding import Placement, with_shardings
 from rlhf_jax.training.step import init_state
@@ -21,6 +22,7 @@ from rlhf_jax.types import (
     SafetyBatch,
     TokenBatch,
     TrainState,
+    filled,
 )
 
 STEPS = 10**9
@@ -37,6 +39,7 @@ class Program:
         arguments: abstract arrays with shardings (without, on one device).
         placement: the mesh that it is traced for.
         work: what it has to compute, by formula.
+        shape: rows, on all devices, and tokens of one pass through a model.
         runs: executions in one step of the stage (one update, or one iteration of reinforcement learning).
         transient: arguments that are there for this program only, by what they are; the others are the stage's.
         parked: what of the stage's waits in the host's memory while it runs.
@@ -51,6 +54,7 @@ class Program:
     arguments: tuple[Any, ...]
     placement: Placement
     work: Work
+    shape: tuple[int, int]
     runs: int = 1
     transient: Mapping[str, PyTree] = field(default_factory=dict)
     parked: tuple[str, ...] = ()
@@ -68,7 +72,7 @@ class Stage:
         name: of the stage.
         programs: in the order in which they run.
         resident: abstract arrays with shardings by what they are: "parameters", "optimizer", "average", "frozen" (what
-            is not trained), "start" (what training began with), "reference" and "reward".
+            is not trained), "start" (what training began with), "reference", "teacher" and "reward".
         tokens: of one step, which ``tokens/s`` counts.
         counted: what these tokens are.
     """
@@ -95,6 +99,20 @@ def resident(state: TrainState) -> dict[str, PyTree]:
 
 def placed(tree: PyTree, placement: Placement) -> PyTree:
     return with_shardings(tree, placement.batch(tree))
+
+
+def params_of(model: Any, placement: Placement) -> PyTree:
+    """Abstract parameters with their shardings."""
+    return with_shardings(abstract_params(model), placement.params(model))
+
+
+def of_trained(loss: Callable[..., Any], frozen: PyTree | None) -> Callable[..., Any]:
+    """The loss as a function of what is trained alone; what is frozen has shapes and no values."""
+
+    def filled_in(params: PyTree, *others: Any) -> Any:
+        return loss(filled(params, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), frozen)), *others)
+
+    return filled_in
 
 
 def texts(length: int, rows: int) -> TokenBatch:

@@ -8,21 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.experiment import AnyStage, Experiment
+from rlhf_jax.experiment import Experiment
 from rlhf_jax.planning.compiling import measured
 from rlhf_jax.planning.estimates import cache_bytes, estimated
 from rlhf_jax.planning.machines import RESERVE, Machine
 from rlhf_jax.planning.numbers import Numbers, device_bytes, roofline
 from rlhf_jax.planning.pieces import Program, Stage
 from rlhf_jax.planning.programs import stage_programs
-from rlhf_jax.stages.best_of_n import ExpertIteration
-from rlhf_jax.stages.cost import TrainCost
-from rlhf_jax.stages.distill import Distill
 from rlhf_jax.stages.ilql import Steer
-from rlhf_jax.stages.label import Label
-from rlhf_jax.stages.preference import PreferenceTune
-from rlhf_jax.stages.reinforce import Reinforce
-from rlhf_jax.stages.reward import TrainReward
 
 Progress = Callable[[str], None]
 
@@ -79,11 +72,16 @@ def plan(
                         expected=f"one of {', '.join(stage.name for stage in experiment.stages)}")  # fmt: skip
     if responses < 2:
         raise UserError(f"{responses} responses in a ranking", at="--responses", expected="at least 2", fix="raise it")
+    planned = [stage for stage in chosen if not isinstance(stage, Steer)]
+    if not planned:
+        raise UserError(f"stage {chosen[0].name!r} computes nothing on devices", at=f"stages.{chosen[0].name}",
+                        expected="a stage with something to plan", fix="name another with --stage")  # fmt: skip
     placement = experiment.layout.place(devices)
     stages = []
-    for stage in chosen:
+    for stage in planned:
         made = stage_programs(stage, experiment.model, placement, devices, responses)
-        stages.append(_stage(stage, made, experiment, machine, devices, compiler, responses, progress))
+        stages.append(_stage(made, experiment, machine, devices, compiler, progress))
+    notes = [f"{stage.name} computes nothing on devices" for stage in chosen if stage not in planned]
     return {
         "experiment": experiment.name,
         "machine": str(machine),
@@ -95,13 +93,13 @@ def plan(
         "usable": machine.usable,
         "stages": stages,
         "fits": all(stage["fits"] for stage in stages),
+        "notes": notes,
     }
 
 
 def _stage(
-    stage: AnyStage, made: Stage, experiment: Experiment, machine: Machine, devices: Sequence[Any], compiler: bool,
-    responses: int, progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+    made: Stage, experiment: Experiment, machine: Machine, devices: Sequence[Any], compiler: bool, progress: Progress
+) -> dict[str, Any]:
     resident = {kind: device_bytes(tree) for kind, tree in made.resident.items()}
     programs = []
     for program in made.programs:
@@ -110,8 +108,7 @@ def _stage(
         if compiler:
             numbers = measured(program, machine, devices, experiment.model.repeats)
         else:
-            rows, width = _shape(stage, program, responses)
-            numbers = estimated(program, experiment.model, machine, rows, width)
+            numbers = estimated(program, experiment.model, machine)
         memory = _memory(program, numbers, made)
         programs.append(_row(program, numbers, memory, machine) | {"planning_seconds": time.monotonic() - begun})
     seconds = sum(row["seconds"] * row["runs"] for row in programs)
@@ -176,19 +173,3 @@ def _row(program: Program, numbers: Numbers, memory: Memory, machine: Machine) -
         "mfu": program.work.flops / (max(limits.seconds, 1e-30) * machine.device.flops * machine.devices),
         "notes": list(numbers.notes),
     }
-
-
-def _shape(stage: AnyStage, program: Program, responses: int) -> tuple[int, int]:
-    """Rows and tokens of one pass through a model."""
-    if not isinstance(stage, Reinforce):
-        assert not isinstance(stage, Steer | ExpertIteration | Distill | Label)  # has no programs
-        rows = stage.train.batch // stage.train.microbatches
-        if isinstance(stage, PreferenceTune):
-            return rows * stage.sequences(responses), stage.train.length
-        return (rows * responses if isinstance(stage, TrainReward | TrainCost) else rows), stage.train.length
-    if program.name == "sample":
-        return stage.prompts_per_iteration, stage.prompt_length
-    width = stage.prompt_length + stage.response_length
-    if program.name == "prepare":
-        return (stage.rollout if stage.rows_at_a_time is None else stage.rows_at_a_time), width
-    return (stage.rollout if program.name == "score" else stage.minibatch // stage.microbatches), width

@@ -15,7 +15,7 @@ import jax
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.experiment import AnyStage
-from rlhf_jax.models import ScalarModel, Transformer, abstract_params
+from rlhf_jax.models import ScalarModel, Transformer
 from rlhf_jax.objectives.language import LanguageModel
 from rlhf_jax.objectives.reward import RewardModel
 from rlhf_jax.objectives.unpaired import Unpaired
@@ -26,6 +26,7 @@ from rlhf_jax.planning.pieces import (
     Program,
     Stage,
     labels,
+    params_of,
     placed,
     preferences,
     random_key,
@@ -36,7 +37,8 @@ from rlhf_jax.planning.pieces import (
     texts,
     train_state,
 )
-from rlhf_jax.sharding import Placement, with_shardings
+from rlhf_jax.planning.sampled import distillation, expert_iteration, labelling
+from rlhf_jax.sharding import Placement
 from rlhf_jax.stages.best_of_n import ExpertIteration
 from rlhf_jax.stages.cost import TrainCost
 from rlhf_jax.stages.distill import Distill
@@ -62,41 +64,37 @@ def stage_programs(
     """
     if isinstance(stage, Reinforce):
         return reinforcement(stage, model, placement, devices)
-    if isinstance(stage, Steer | ExpertIteration | Distill | Label):
+    if isinstance(stage, ExpertIteration):
+        return expert_iteration(stage, model, placement)
+    if isinstance(stage, Distill):
+        return distillation(stage, model, placement)
+    if isinstance(stage, Label):
+        return labelling(stage, model, placement)
+    if isinstance(stage, Steer):
         raise UserError(f"stage {stage.name!r} is not planned", at=f"stages.{stage.name}",
-                        expected="a stage of another kind than Steer, ExpertIteration, Distill and Label",
-                        fix="name one with --stage")  # fmt: skip
-    train = stage.train
+                        expected="a stage that computes something on devices", fix="name another")  # fmt: skip
+    train, trained, sequences, more, unembedded = stage.train, model, 1, work.Work(0, 0), True
     if isinstance(stage, ILQL):
-        trained, train = stage.model(model), stage.training
-        objective = stage.objective(model)
-        rows, tokens = functools.partial(rewarded, train.length), train.batch * train.length
+        trained, train, objective, made = stage.model(model), stage.training, stage.objective(model), rewarded
         # All heads of values, and their slow copies, are perceptrons over the vocabulary of twice the trunk's width.
-        heads = work.Work(
-            2.0 * tokens * (2 * stage.heads + 1) * 2 * model.d_model * (model.d_model + model.vocab_size), 0
-        )
-        forward = work.reading(model, train.batch, train.length, unembedded=tokens) + heads
+        heads = 2.0 * (2 * stage.heads + 1) * 2 * model.d_model * (model.d_model + model.vocab_size)
+        more = work.Work(heads * train.batch * train.length, 0)
     elif isinstance(stage, TrainReward):
-        trained = ScalarModel(model.clone(parent=None), head_init="reward")
+        trained, sequences, unembedded = ScalarModel(model.clone(parent=None), head_init="reward"), responses, False
         objective = RewardModel(trained, normalise=stage.normalise, centre_coef=stage.centre_coef, name=stage.name)
-        rows, tokens = functools.partial(rankings, responses, train.length), train.batch * responses * train.length
-        forward = work.reading(model, train.batch * responses, train.length)
+        made = functools.partial(rankings, responses)
     elif isinstance(stage, TrainCost):
-        trained = ScalarModel(model.clone(parent=None), head_init="reward")
-        objective = stage.objective(trained)
-        rows, tokens = functools.partial(safety, responses, train.length), train.batch * responses * train.length
-        forward = work.reading(model, train.batch * responses, train.length)
+        trained, sequences, unembedded = ScalarModel(model.clone(parent=None), head_init="reward"), responses, False
+        objective, made = stage.objective(trained), functools.partial(safety, responses)
     elif isinstance(stage, PreferenceTune):
-        trained, objective, sequences = model, stage.objective(model), stage.sequences(responses)
-        made = labels if isinstance(objective, Unpaired) else preferences
-        rows, tokens = functools.partial(made, sequences, train.length), train.batch * sequences * train.length
-        forward = work.reading(model, train.batch * sequences, train.length, unembedded=tokens)
+        objective, sequences = stage.objective(model), stage.sequences(responses)
+        made = functools.partial(labels if isinstance(objective, Unpaired) else preferences, sequences)
     else:
-        trained = model
-        objective = LanguageModel(model, name=stage.name, mean=getattr(stage, "mean", "token"))
-        rows, tokens = functools.partial(texts, train.length), train.batch * train.length
-        forward = work.reading(model, train.batch, train.length, unembedded=tokens)
-    params = with_shardings(abstract_params(trained), placement.params(trained))
+        objective, made = LanguageModel(model, name=stage.name, mean=getattr(stage, "mean", "token")), texts
+    rows, read = functools.partial(made, train.length), train.batch * sequences
+    tokens = read * train.length
+    forward = work.reading(model, read, train.length, unembedded=tokens if unembedded else 0) + more
+    params = params_of(trained, placement)
     optimizer, ema = train.optimizer.build(STEPS if train.steps is None else train.steps), train.ema_decay is not None
     shardings = placement.state(optimizer, params, placement.params(trained), ema)
     state = train_state(params, optimizer, ema, shardings)
@@ -106,7 +104,8 @@ def stage_programs(
     )  # fmt: skip
     batch = placed(rows(train.batch), placement)
     update = Program(
-        "update", step, (state, batch, random_key()), placement, forward.trained(), transient={"batch": batch},
+        "update", step, (state, batch, random_key()), placement, forward.trained(),
+        (read // train.microbatches, train.length), transient={"batch": batch},
         loss=(objective.loss, params, lambda n: jax.eval_shape(objective.with_weights, rows(n)),
               train.batch // train.microbatches),
     )  # fmt: skip

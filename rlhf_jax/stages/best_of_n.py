@@ -250,7 +250,13 @@ class ExpertIteration:
         placement.check_rows(self.minibatch // self.microbatches, "microbatches", at)
         placement.check_tokens(self.prompt_length + self.sampling.max_new_tokens, at)
         placement.folded().check_rows(self.prompts_at_once, "prompts", at)
-        placement.check_rows(self.prompts_per_round * self.sampling.samples_per_prompt, "rollouts", at)
+        responses = self.prompts_per_round * self.sampling.samples_per_prompt
+        rows = responses if self.rows_at_a_time is None else min(self.rows_at_a_time, responses)
+        if responses % rows:
+            raise UserError(f"rows_at_a_time={rows} does not divide the {responses} responses of a round", at=at,
+                            expected="a divisor of prompts_per_round * samples_per_prompt",
+                            fix="change it")  # fmt: skip
+        placement.check_rows(rows, "rollouts", at)
 
     def run(self, workspace: Workspace) -> None:
         folder, at, placement = workspace.stage_folder(self.name), f"stages.{self.name}", workspace.placement
@@ -270,8 +276,11 @@ class ExpertIteration:
             if self.export:
                 write_kept(folder / f"kept-{round_of(rollout.policy_step)}.jsonl", rollout, score, prompts, workspace)
 
+        state = init_state(start, optimizer, shardings=shardings)
+        start = start if self.restart else None  # only a restart needs it again
+
         def fresh(state: TrainState) -> TrainState:
-            if not self.restart:
+            if start is None:
                 return state
             return dataclasses.replace(init_state(start, optimizer, shardings=shardings), step=state.step)
 
@@ -297,7 +306,7 @@ class ExpertIteration:
             state = reinforce(
                 program,
                 Plan(iterations=self.rounds, minibatch=self.minibatch, epochs=self.epochs),
-                init_state(start, optimizer, shardings=shardings),
+                state,
                 {"rounds": jnp.zeros(())},
                 workspace.batches(self.name, "prompts", [prompts.table.rows], self.prompts_at_once),
                 key=workspace.key(self.name, "train"),

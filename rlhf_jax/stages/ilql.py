@@ -22,7 +22,7 @@ from rlhf_jax.stages.recorded import judged, read_responses
 from rlhf_jax.stages.settings import Source, Training
 from rlhf_jax.stages.supervised import train_supervised
 from rlhf_jax.stages.workspace import Workspace
-from rlhf_jax.types import RewardedBatch
+from rlhf_jax.types import PyTree, RewardedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,23 +93,26 @@ class ILQL:
         self.train.check(sum(len(table.records) for table in tables), f"{at}.train", workspace.placement)
 
     def run(self, workspace: Workspace) -> None:
-        model, at = self.model(workspace.model), f"stages.{self.name}"
-        fresh = init_params(model, workspace.key(self.name, "init"), workspace.placement.params(model))
-        language = fresh
-        if self.init is not None:
-            start = workspace.output(self.init, f"{at}.init")
-            check_same_architecture(start.trunk, workspace.model, self.init)
-            language = start.trunk_params
+        model = self.model(workspace.model)
         found = [self._table(workspace, source) for source in self.data]
         tables, notes = self._rewarded(found, self._rewards(workspace, found))
         objective = self.objective(workspace.model)
         train_supervised(
-            workspace, self.name, self.training, model, with_heads(fresh, language),
+            workspace, self.name, self.training, model, self._start(workspace, model),
             workspace.batches(self.name, "order", tables, self.train.batch, self.weights),
             self.train.total_steps(sum(len(table.tokens) for table in tables)),
             loss=objective.loss, with_weights=objective.with_weights, conclude=objective.conclude,
             finish=lambda params: (params, {"rewards": notes}),
         )  # fmt: skip
+
+    def _start(self, workspace: Workspace, model: GuidedTransformer) -> PyTree:
+        """Fresh heads on the language model to start from; its own fresh weights are let go."""
+        fresh = init_params(model, workspace.key(self.name, "init"), workspace.placement.params(model))
+        if self.init is None:
+            return with_heads(fresh, fresh)
+        start = workspace.output(self.init, f"stages.{self.name}.init")
+        check_same_architecture(start.trunk, workspace.model, self.init)
+        return with_heads(fresh, start.trunk_params)
 
     def _table(self, workspace: Workspace, source: Source) -> ResponseTable:
         return read_responses(workspace, source, self.train.length, self.too_long, self.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from rlhf_jax import processes
 from rlhf_jax.data.pipelines import shuffled_batches
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Transformer
+from rlhf_jax.rewards.base import Answer
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import fetch
 from rlhf_jax.stages.judging import check_rewards, jury, load_models, ready
@@ -74,8 +76,9 @@ class Label:
     def check(self, workspace: Workspace) -> None:
         check_length(workspace, self.prompt_length + self.sampling.max_new_tokens, self.name)
         workspace.check_reference(self.policy, f"stages.{self.name}.policy", self.name, Transformer)
-        prompts, placement = self._prompts(workspace), workspace.placement.folded()
-        placement.check_rows(self.batch, "prompts", f"stages.{self.name}.batch")
+        prompts, placement = self._prompts(workspace), workspace.placement
+        placement.folded().check_rows(self.batch, "prompts", f"stages.{self.name}.batch")
+        placement.check_tokens(self.prompt_length + self.sampling.max_new_tokens, f"stages.{self.name}")
         if isinstance(self.labeller, Programmatic):
             check_rewards(self.labeller.reward, workspace, prompts, f"stages.{self.name}.labeller", self.name)
 
@@ -107,12 +110,12 @@ class Label:
         key, stream = workspace.key(self.name, "sample"), shuffled_batches(
             [prompts.table.rows], self.batch, workspace.data_seed(self.name, "prompts")
         )  # fmt: skip
-        conversations, responses, rewards = [], [], []
+        judge, conversations, responses, rewards = self._judge(workspace), [], [], []
         for number in range(math.ceil(self.count / self.batch)):
             workspace.stop.check()
             rollout = draw(policy.params, next(stream), jax.random.fold_in(key, number), jnp.asarray(0))
-            scores = self._rewards(workspace, prompts, rollout)
             answers = prompts.answers(fetch(rollout), workspace.tokenizer)
+            scores = judge(rollout, answers)
             for first in range(0, len(answers), copies):
                 group = answers[first : first + copies]
                 texts = [answer.text for answer in group]
@@ -151,13 +154,13 @@ class Label:
             "agreement": float(np.mean(finite)) if finite else math.nan,
         }
 
-    def _rewards(self, workspace: Workspace, prompts: Prompts, rollout: Rollout) -> np.ndarray:
+    def _judge(self, workspace: Workspace) -> Callable[[Rollout, Sequence[Answer]], np.ndarray]:
+        """The labeller's reward of each response, with its models loaded; zeros where people rank."""
         if isinstance(self.labeller, People):
-            return np.zeros(rollout.tokens.shape[0])
+            return lambda rollout, answers: np.zeros(len(answers))
         reward = self.labeller.reward
-        models = ready(load_models([reward], workspace, f"stages.{self.name}.labeller"), False)
-        judge = jury(reward, models, workspace)
-        return judge(rollout, lambda: prompts.answers(fetch(rollout), workspace.tokenizer)).values.total
+        ask = jury(reward, ready(load_models([reward], workspace, f"stages.{self.name}.labeller"), False), workspace)
+        return lambda rollout, answers: ask(rollout, lambda: answers).values.total
 
     def _read(self, requests: Path) -> list[dict[str, Any]]:
         assert isinstance(self.labeller, People)
