@@ -181,23 +181,20 @@ class Transformer(nn.Module):
         if isinstance(self.position, Learned):
             shape, axes = (self.max_length, self.d_model), ("position", "embed")
             self.position_embedding = parameter(self, "position_embedding", shape, axes, self.position.std, exact)
-        body = Pattern
-        if self.remat is not None:
-            body = nn.remat(body, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.remat))
         if self.split:
-            self.lower = self._stacked(body, self.split)
-        self.stack = self._stacked(body, self.repeats - self.split)
+            self.lower = self._stacked(self.split)
+        self.stack = self._stacked(self.repeats - self.split)
         if self.final_norm:
             self.last_norm = self.norm.clone(parent=None)
 
-    def _stacked(self, body: Any, rounds: int) -> Any:
+    def _stacked(self, rounds: int) -> Any:
+        """Declares the parameters of so many rounds, each with a leading axis; see ``_through``."""
         return nn.scan(
-            body,
+            Pattern,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=rounds,
-            unroll=rounds if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(**self._pattern())
 
@@ -295,12 +292,42 @@ class Transformer(nn.Module):
     ):
         """All layers, without a cache."""
         if not self.split:
-            x, (_, aux) = self.stack(x, shared, None, routing)
-            return x, aux
+            return self._through(self.stack, x, shared, routing)
         below, above = (None, None) if routing is None else jnp.split(routing, [self.split])
-        x, (_, first) = self.lower(x, shared, None, below)
-        x, (_, rest) = self.stack(x, shared, None, above)
+        x, first = self._through(self.lower, x, shared, below)
+        x, rest = self._through(self.stack, x, shared, above)
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), first, rest)
+
+    def _through(
+        self,
+        stack: nn.Module,
+        x: Float[Array, "B T E"],
+        shared: Shared,
+        routing: Int[Array, "rounds blocks B T k"] | None,
+    ):
+        """All rounds of one stack.
+
+        The modules of ``setup`` declare its parameters. Where these exist, the loop is ``jax.lax.scan`` itself, which
+        traces the body once and not twice, as ``nn.scan`` does: half of what a user waits for before XLA compiles.
+        """
+        if self.is_initializing():
+            x, (_, aux) = stack(x, shared, None, routing)
+            return x, aux
+        params = stack.variables["params"]
+        rounds = len(jax.tree.leaves(params)[0])
+        body = Pattern(**self._pattern(), parent=None)
+        draws = self.has_rng("dropout") and not shared.deterministic
+        keys = jax.random.split(self.make_rng("dropout"), rounds) if draws else None
+
+        def one(x: Float[Array, "B T E"], given: tuple[PyTree, Any, Any]):
+            own, key, chosen = given
+            rngs = None if key is None else {"dropout": key}
+            y: Any = body.apply({"params": own}, x, shared, None, chosen, rngs=rngs)
+            return y[0], y[1][1]
+
+        if self.remat is not None:
+            one = jax.checkpoint(one, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.remat))
+        return jax.lax.scan(one, x, (params, keys, routing), unroll=rounds if self.unroll else 1)
 
     def _through_cache(
         self,
