@@ -18,13 +18,13 @@ from rlhf_jax import experiment as programs
 from rlhf_jax.data.tables import prompt_table
 from rlhf_jax.errors import DIVERGED, Preempted, UserError
 from rlhf_jax.models import ScalarModel, init_params
-from rlhf_jax.objectives.ppo import PPO
+from rlhf_jax.objectives.group import GroupPolicy
 from rlhf_jax.rewards import Learned, Standardise, Sum
 from rlhf_jax.rewards.base import Values
 from rlhf_jax.runs.files import read_rows
 from rlhf_jax.sampling import Sampling, sample
 from rlhf_jax.stages.collecting import responding
-from rlhf_jax.stages.judging import judge_of, jury
+from rlhf_jax.stages.judging import Jury, judge_of, jury
 from rlhf_jax.stages.outputs import Output, load_output, save_output
 from rlhf_jax.stages.overlap import check_one_device
 from rlhf_jax.stages.reinforce import Reinforce
@@ -51,11 +51,17 @@ class Vowels:
         return np.array([sum(letter in "aeiou" for letter in a.text) + a.number for a in answers], np.float64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    def golds(self, prompts, responses):
+        return np.array([len(set(text)) for text in responses], np.float64)
+
+
 def stage(**changes) -> Reinforce:
     values = dict(
-        policy="start", reward=TINY.stages[3].gold, critic="policy", prompts=TINY.stages[3].prompts, prompt_length=1,
-        sampling=Sampling(max_new_tokens=6, samples_per_prompt=2), ppo=PPO(), optimizer=Optimizer(1e-2), iterations=4,
-        prompts_per_iteration=4, minibatch=8, save_every=1, samples_every=1,
+        policy="start", reward=Letters(), critic=None, prompts=TINY.stages[3].prompts, prompt_length=1,
+        sampling=Sampling(max_new_tokens=6, samples_per_prompt=2), ppo=GroupPolicy(), optimizer=Optimizer(1e-2),
+        iterations=3, prompts_per_iteration=4, minibatch=8, save_every=1, samples_every=1,
     )  # fmt: skip
     return Reinforce(**(values | changes))
 
@@ -108,6 +114,11 @@ def test_parts_are_the_whole(respond, tmp_path):
     assert one[2] == pytest.approx(two[2], abs=1e-5)
     assert [row["response"] for row in one[3]] == [row["response"] for row in two[3]] and len(one[3]) == 4
     assert one[1].score[:4].mean() != pytest.approx(one[1].score[4:].mean(), abs=0.1)  # so parts alone would tell apart
+
+
+def test_numbers_that_are_means_of_a_part_count_by_its_rows():
+    parts = [[(Values(np.ones(1)), {"mass": 0.2})], [(Values(np.ones(3)), {"mass": 1.0})]]
+    assert Jury(Vowels(), {}, *[None] * 3).conclude(parts).notes == {"mass": pytest.approx(0.8)}  # pyright: ignore
 
 
 def test_what_goes_wrong_in_a_later_part_is_named_by_its_place_in_the_rollout(respond, tmp_path):
@@ -298,7 +309,7 @@ def experiment(start, **changes):
 
 
 def test_a_stage_ahead_agrees_with_its_sampler_and_resumes(start, tmp_path):
-    whole = experiment(start, ahead=1, rollout_parts=2, iterations=3)
+    whole = experiment(start, ahead=1, rollout_parts=2)
     programs.run(whole, tmp_path / "whole")
     rows = read_rows(tmp_path / "whole/ppo/metrics.jsonl")
     assert all(row["ppo/first_ratio_deviation"] < 1e-4 for row in rows)

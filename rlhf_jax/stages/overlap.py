@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from rlhf_jax.stages.reinforce import Reinforce
 
 
+COMPARED = 8
+"""Rows of a rollout that are scored again to compare sampler and scorer, which differ everywhere if anywhere."""
+
+
 def check_overlap(stage: Reinforce) -> None:
     """Fields that do not go together, whatever the run."""
     parts, at, rows = stage.rollout_parts, f"stages.{stage.name}", stage.rows_at_a_time
@@ -59,11 +63,11 @@ def check_one_device(stage: Reinforce, placement: Placement) -> None:
 
 def ahead_of_updates(stage: Reinforce, objective: Objective, begin: Begin) -> Ahead:
     """How the rollouts of a stage are drawn ahead; ``begin`` is given the policy's parameters alone."""
-    model, rows = objective.models.policy, stage.minibatch // stage.microbatches
+    model, rows = objective.models.policy, min(COMPARED, stage.minibatch // stage.microbatches)
 
     @jax.jit
     def ratios(params: PyTree, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
-        some = take_rows(rollout, jnp.arange(min(rows, rollout.tokens.shape[0])))
+        some = take_rows(rollout, jnp.arange(rows))
         scored = score_responses(model, params, some, stage.sampling, entropy=False, replay=stage.replay_routing)
         mask = some.response_mask
         ratio = jnp.where(mask, jnp.exp(scored.logprobs - some.logprobs), 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,11 @@ class Rollouts:
             assert self._worker is not None
             self._next = self._worker.submit(self._begin(self._ahead, iteration + 1, state))
         return found
+
+    def wait(self) -> None:
+        """Until the rollout of the next iteration is there, or has failed."""
+        if self._next is not None:
+            wait([self._next])
 
     def capture(self) -> tuple[PyTree, dict[str, Any]]:
         """The rollout that the next iteration takes, as arrays and extras of a checkpoint; waits for it.
