@@ -12,8 +12,8 @@ round's policy, with the clone as reference. ``once`` spends all labels on the c
 iterations against one reward model. Rewards of the task are only watched.
 
 Measured, seeds 0 to 2, exact reward in the end: union 0.644 (0.508 to 0.799), fresh 0.505 (0.428 to 0.622), once 0.403
-(0.314 to 0.456), with a noise of 0.5 union 0.565 and once 0.623; after one round of union 0.652. Hardware: two CPU cores,
-20 to 40 s of processor time a run.
+(0.314 to 0.456), with a noise of 0.5 union 0.565 and once 0.623; after one round of union 0.652. Hardware: two CPU
+cores, 20 to 40 s of processor time a run.
 """
 
 from matplotlib.figure import Figure
