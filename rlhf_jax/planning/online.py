@@ -42,7 +42,8 @@ from rlhf_jax.types import PyTree, Rollout, Scores
 def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, devices: Sequence[Any] | None) -> Stage:
     """The programs of one iteration; see ``planning.programs.stage_programs`` for the arguments.
 
-    Conversations of several turns are planned as one response of their whole length.
+    Conversations of several turns are planned as one response of their whole length. With ``ahead``, sampling and
+    updates are planned one by one, beside a copy of the policy; what one of them needs may be there during the other.
     """
     if stage.turns is not None:
         sampling = replace(stage.sampling, max_new_tokens=stage.turns.length)
@@ -63,6 +64,8 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
     rewards = [stage.reward] if stage.gold is None else [stage.reward, stage.gold]
     rewards += [] if stage.cost is None else stage.cost.sources
     frozen |= judging_models(rewards, model, placement)
+    if stage.ahead:
+        frozen["policy of the next rollout"] = params_of(policy, placement)
     separate = placement.folded() if stage.sampling_layout is None else stage.sampling_layout.place(devices)
     draw = functools.partial(
         sampling_program, policy, prompts=stage.prompts_per_iteration, width=stage.prompt_length, placement=separate,
