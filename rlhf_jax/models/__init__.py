@@ -1,5 +1,6 @@
 """Decoder language models as frozen values with pure ``init`` and ``apply``."""
 
+from rlhf_jax.models.blocks import Aux, Block
 from rlhf_jax.models.ffn import MLP, GeGLU, SwiGLU
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
@@ -9,7 +10,7 @@ from rlhf_jax.models.parameters import abstract_params, boxed_abstract_params, c
 from rlhf_jax.models.plans import Plan, plan
 from rlhf_jax.models.positions import NTK, ALiBi, DynamicNTK, Learned, Linear, Llama3, RoPE, Sinusoidal, YaRN
 from rlhf_jax.models.stacks import BELOW, join_lower, split_lower, split_rounds
-from rlhf_jax.models.transformer import Aux, Block, Transformer, empty_cache
+from rlhf_jax.models.transformer import Transformer, empty_cache
 
 __all__ = [
     "BELOW",

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.transformer import Aux, Transformer
+from rlhf_jax.models.blocks import Aux
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Context
 
 HEAD_INITS = ("reward", "zero")

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from rlhf_jax.errors import BAD_DATA, REFUSED, UserError
+from rlhf_jax.models.blocks import Block
 from rlhf_jax.models.ffn import MLP
 from rlhf_jax.models.layers import LayerNorm, RMSNorm
 from rlhf_jax.models.mixers import Attention
 from rlhf_jax.models.parameters import abstract_params
 from rlhf_jax.models.positions import DynamicNTK, Learned, Linear, Llama3, RoPE, YaRN
 from rlhf_jax.models.tensors import Tensors, read_json
-from rlhf_jax.models.transformer import Block, Transformer
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import PyTree
 
 _ACTIVATIONS = {

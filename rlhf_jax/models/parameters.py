@@ -32,6 +32,11 @@ def abstract_params(model: nn.Module) -> PyTree:
 
 def boxed_abstract_params(model: nn.Module) -> PyTree:
     """Shapes and dtypes in boxes that carry the logical axes, as ``nn.get_partition_spec`` reads them."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(model))  # containers of one's own
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model: nn.Module) -> PyTree:
     return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
 

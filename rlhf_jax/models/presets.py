@@ -7,11 +7,12 @@ GPT-2's and GPT-3's papers name no dropout; GPT-1's 0.1 acts everywhere. Change 
 
 from __future__ import annotations
 
+from rlhf_jax.models.blocks import Block
 from rlhf_jax.models.ffn import MLP
 from rlhf_jax.models.layers import LayerNorm
 from rlhf_jax.models.mixers import Attention
 from rlhf_jax.models.positions import Learned
-from rlhf_jax.models.transformer import Block, Transformer
+from rlhf_jax.models.transformer import Transformer
 
 GPT3_WINDOW = 256
 """Width of GPT-3's banded layers: our choice, after the Sparse Transformer's strides, as the paper does not give it."""

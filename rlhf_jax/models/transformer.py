@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
+from rlhf_jax.models.blocks import Aux, Block, Pattern, routes
 from rlhf_jax.models.layers import RMSNorm, Shared, Style, dropped, parameter, product
 from rlhf_jax.models.positions import Learned, Position, RoPE, Sinusoidal
 from rlhf_jax.models.stacks import rounds_of
@@ -27,57 +28,6 @@ REMAT_POLICIES = (
     "everything_saveable",
 )
 """Names in ``jax.checkpoint_policies``: what the backward pass may keep instead of computing it again."""
-
-
-Aux = dict[str, Shaped[Array, "layers ..."]]
-"""What layers report about themselves, on a leading axis of the layers that report it."""
-
-
-class Block(nn.Module):
-    """A mixer and a feed-forward, each a step of the residual stream. ``ffn=None`` leaves the second out."""
-
-    mixer: nn.Module
-    ffn: nn.Module | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], shared: Shared, norm: nn.Module, cache: PyTree | None):
-        style, aux = shared.style, {}
-        mixer_norm = norm.clone(name="mixer_norm", parent=self)
-        y, cache = self.mixer(mixer_norm(x, style) if style.prenorm else x, shared, cache)
-        x = x + dropped(self, y, shared)
-        x = x if style.prenorm else mixer_norm(x, style)
-        if self.ffn is not None:
-            ffn_norm = norm.clone(name="ffn_norm", parent=self)
-            y, aux = self.ffn(ffn_norm(x, style) if style.prenorm else x, shared)
-            x = x + dropped(self, y, shared)
-            x = x if style.prenorm else ffn_norm(x, style)
-        return x, cache, aux
-
-
-class Pattern(nn.Module):
-    """One round of the pattern of blocks: the body that is repeated."""
-
-    blocks: tuple[Block, ...]
-    norm: nn.Module
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        shared: Shared,
-        caches: tuple[PyTree, ...] | None,
-        routing: Int[Array, "routed B T k"] | None,
-    ):
-        found, written, routed = [], [], 0
-        for index, block in enumerate(self.blocks):
-            own = shared
-            if routing is not None and _routes(block):
-                own, routed = dataclasses.replace(shared, routing=routing[routed]), routed + 1
-            x, cache, aux = block(x, own, self.norm, None if caches is None else caches[index])
-            x = constrain_tokens(x)
-            written.append(cache)
-            found.append(aux)
-        return x, (None if caches is None else tuple(written), tuple(found))
 
 
 class Transformer(nn.Module):
@@ -144,7 +94,7 @@ class Transformer(nn.Module):
             block.mixer.check(self.d_model)
             if hasattr(block.mixer, "check_position"):
                 block.mixer.check_position(self.position, self.d_model)
-        kinds = {(block.ffn.experts, block.ffn.top_k) for block in self.pattern if _routes(block)}  # pyright: ignore
+        kinds = {(block.ffn.experts, block.ffn.top_k) for block in self.pattern if routes(block)}  # pyright: ignore
         if len(kinds) > 1:
             raise ValueError(
                 "all mixtures of experts of a model need equal experts and top_k, so that routing is one array; got "
@@ -206,7 +156,7 @@ class Transformer(nn.Module):
     @property
     def routed_layers(self) -> int:
         """Number of blocks whose feed-forward is a mixture of experts."""
-        return self.repeats * sum(map(_routes, self.pattern))
+        return self.repeats * sum(map(routes, self.pattern))
 
     def __call__(
         self,
@@ -325,9 +275,14 @@ class Transformer(nn.Module):
             y: Any = body.apply({"params": own}, x, shared, None, chosen, rngs=rngs)
             return y[0], y[1][1]
 
-        if self.remat is not None:
-            one = jax.checkpoint(one, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.remat))
+        one = self._rematerialised(one, prevent_cse=False)
         return jax.lax.scan(one, x, (params, keys, routing), unroll=rounds if self.unroll else 1)
+
+    def _rematerialised(self, round_: Any, prevent_cse: bool = True) -> Any:
+        """One round of the pattern, of which the backward pass keeps what ``remat`` says."""
+        if self.remat is None:
+            return round_
+        return jax.checkpoint(round_, prevent_cse=prevent_cse, policy=getattr(jax.checkpoint_policies, self.remat))
 
     def _through_cache(
         self,
@@ -345,12 +300,17 @@ class Transformer(nn.Module):
         if "0" not in rounds:
             rounds = rounds_of(self, self.variables["params"])  # pyright: ignore[reportArgumentType]
         body = Pattern(**self._pattern(), parent=None)
+
+        def one(params: PyTree, x: Float[Array, "B T E"], own: tuple[PyTree, ...], chosen: Any) -> Any:
+            return body.apply({"params": params}, x, shared, own, chosen)
+
+        if x.shape[1] > 1:  # several tokens behind a cache may be trained on
+            one = self._rematerialised(one)
         written, found = [], []
         for index in range(self.repeats):
-            params = rounds[str(index)]
             own = layers[index * width : (index + 1) * width]
             chosen = None if routing is None else routing[index]
-            x, (own, aux) = body.apply({"params": params}, x, shared, own, chosen)
+            x, (own, aux) = one(rounds[str(index)], x, own, chosen)
             written.extend(own)
             found.append(aux)
         return x, tuple(written), jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
@@ -377,11 +337,6 @@ def _enter(cache: Cache, context: Context) -> Cache:
         positions=jax.lax.dynamic_update_slice(cache.positions, context.positions.astype(jnp.int32), place),
         segments=jax.lax.dynamic_update_slice(cache.segments, context.segments.astype(jnp.int32), place),
     )
-
-
-def _routes(block: Block) -> bool:
-    """Whether the feed-forward is a mixture of experts."""
-    return hasattr(block.ffn, "top_k")
 
 
 def _gather(aux: tuple[dict[str, Shaped[Array, "repeats ..."]], ...]) -> Aux:
