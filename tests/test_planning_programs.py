@@ -175,6 +175,19 @@ def test_what_waits_on_the_host_is_not_resident():
     assert parked == {"sample": away, "score": away, "prepare": away - {"reference"}, "update": {"reference"}}
 
 
+def test_parts_and_rollouts_ahead_are_planned():
+    from rlhf_jax import config
+
+    given = config.override(tiny_experiment.config(), {"stages.ppo.rollout_parts": "2", "stages.ppo.ahead": "1"})
+    found, whole = programs(given, "ppo"), programs(tiny_experiment.config(), "ppo")
+    assert [(each.name, each.runs) for each in found.programs] == [
+        ("sample", 2), ("score", 2), ("prepare", 1), ("update", 4)]  # fmt: skip
+    assert [each.shape[0] for each in found.programs] == [2, 4, 8, 4]
+    copied, rollout = found.resident["ahead"]
+    assert device_bytes(copied) == device_bytes(found.resident["reference"])
+    assert device_bytes(rollout) == device_bytes(whole.programs[2].transient["rollout"])
+
+
 def test_frozen_rounds_are_held_once():
     tiny = tiny_experiment.config()
     stage = dataclasses.replace(tiny.stages[3], frozen_rounds=1)

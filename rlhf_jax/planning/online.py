@@ -21,6 +21,7 @@ from rlhf_jax.planning.judges import judging_models, judging_programs
 from rlhf_jax.planning.pieces import (
     Program,
     Stage,
+    ints,
     of_trained,
     params_of,
     placed,
@@ -67,16 +68,21 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
     if stage.ahead:
         frozen["policy of the next rollout"] = params_of(policy, placement)
     separate = placement.folded() if stage.sampling_layout is None else stage.sampling_layout.place(devices)
+    parts = stage.rollout_parts
     draw = functools.partial(
-        sampling_program, policy, prompts=stage.prompts_per_iteration, width=stage.prompt_length, placement=separate,
-        moved=separate.mesh != placement.mesh, parked=_parked(stage),
+        sampling_program, policy, prompts=stage.prompts_per_iteration // parts, width=stage.prompt_length,
+        placement=separate, moved=separate.mesh != placement.mesh, parked=_parked(stage), runs=parts,
     )  # fmt: skip
     programs = [draw(stage.sampling)]
-    rollout = placed(jax.eval_shape(programs[0].function, *programs[0].arguments), placement)
+    drawn = jax.eval_shape(programs[0].function, *programs[0].arguments)
+    rollout = placed(jax.eval_shape(take_rows, drawn, ints(stage.rollout)), placement)
     judged = functools.partial(
-        judging_programs, rewards, model, placement, rows=stage.rows_at_a_time, parked=_parked(stage, "reward")
-    )
-    programs += judged(rollout)
+        judging_programs, rewards, model, placement, rows=stage.rows_at_a_time, parked=_parked(stage, "reward"),
+        times=parts,
+    )  # fmt: skip
+    programs += judged(placed(drawn, placement))
+    if stage.ahead:
+        frozen["ahead"] = (params_of(policy, placement), rollout)
     if _against_greedy(stage):
         greedy = draw(replace(stage.sampling, greedy=True, samples_per_prompt=1, record_routing=False, slots=None),
                       name="greedy")  # fmt: skip
@@ -115,6 +121,7 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
             found += work.reading(model, added, stage.ptx.length, unembedded=added * stage.ptx.length)
         return found
 
+    each = objective if stage.share_prompts else whole  # rows by themselves, where those of a prompt go together
     moving = model.clone(repeats=model.repeats - stage.frozen_rounds)
     batch = placed(minibatch(stage.minibatch), placement)
     programs.append(Program(
@@ -122,7 +129,7 @@ def reinforcement(stage: Reinforce, model: Transformer, placement: Placement, de
         (stage.minibatch // stage.microbatches, width),
         runs=stage.epochs * (stage.rollout // stage.minibatch), transient={"batch": batch, "experience": experience},
         parked=_parked(stage, "optimizer"),
-        loss=(of_trained(whole.loss, fixed), moved, lambda n: jax.eval_shape(whole.with_weights, minibatch(n)),
+        loss=(of_trained(each.loss, fixed), moved, lambda n: jax.eval_shape(each.with_weights, minibatch(n)),
               stage.minibatch // stage.microbatches),
     ))  # fmt: skip
     return Stage(stage.name, tuple(programs), resident(state) | frozen, stage.rollout * new,

@@ -72,7 +72,8 @@ class Stage:
         name: of the stage.
         programs: in the order in which they run.
         resident: abstract arrays with shardings by what they are: "parameters", "optimizer", "average", "frozen" (what
-            is not trained), "start" (what training began with), "reference", "teacher" and "reward".
+            is not trained), "start" (what training began with), "reference", "teacher", "reward" and "ahead" (the
+            next rollout, and the policy that draws it).
         tokens: of one step, which ``tokens/s`` counts.
         counted: what these tokens are.
     """
