@@ -337,6 +337,7 @@ def test_a_stage_ahead_agrees_with_its_sampler_and_resumes(start, tmp_path):
         (dict(rollout_parts=3), "rollout_parts=3.*divisor of prompts_per_iteration=4"),
         (dict(rollout_parts=2, offload=("reward",)), "rollout_parts=2 with offload"),
         (dict(rollout_parts=2, rows_at_a_time=3), "a divisor of the 4 responses"),
+        (dict(rows_at_a_time=3), "rows_at_a_time=3 does not divide 8"),
         (dict(ahead=2), "ahead=2.*0 or 1"),
         (dict(ahead=1, offload=("optimizer",)), "ahead=1 with offload"),
     ],

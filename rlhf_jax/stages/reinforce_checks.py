@@ -79,6 +79,12 @@ def check_fields(stage: Reinforce) -> None:
                 "a divisor of the minibatch", fix="change one of them",
             )  # fmt: skip
     check_overlap(stage)
+    greedy = isinstance(stage.ppo, GroupPolicy) and stage.ppo.baseline == "greedy"
+    for rows in (stage.rollout, *([stage.prompts_per_iteration] if greedy else [])):
+        if stage.rows_at_a_time is not None and rows % min(stage.rows_at_a_time, rows):
+            raise UserError(f"rows_at_a_time={stage.rows_at_a_time} does not divide {rows}", at=stage.name,
+                            expected=f"a divisor of the {rows} responses that are scored together",
+                            fix="change it")  # fmt: skip
     if stage.share_prompts and stage.minibatch % stage.sampling.samples_per_prompt:
         raise UserError(f"minibatch={stage.minibatch} with share_prompts=True", at=stage.name,
                         expected=f"a multiple of samples_per_prompt={stage.sampling.samples_per_prompt}, as all "
