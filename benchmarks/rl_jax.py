@@ -80,7 +80,7 @@ class Phases:
 def learning(questions: Questions, case: Case, folder: Path, method: str) -> None:
     """One iteration a question: rollout, rewards in plain Python, advantages, one update."""
     policy, params = starting_model(folder)
-    sampling = Sampling(case.new_tokens, samples_per_prompt=case.group, slots=case.slots)
+    sampling = Sampling(case.new_tokens, samples_per_prompt=case.group, regroup=case.regroup)
     group = {"grpo": trl_grpo, "rloo": rloo}[method]
     objective = GroupOptimization(group, PolicyAlone(policy), sampling, share_prompts=True)
     trained = SharedPrompts(objective, case.group, case.lengths, case.microbatches)
@@ -141,7 +141,6 @@ def refill(questions: Questions, case: Case, folder: Path, slots: str) -> None:
     """Twice the responses of a rollout: all rows together, batch after batch of ``case.slots`` rows, or in slots."""
     model, params = starting_model(folder)
     places = case.slots
-    assert places is not None
     prompts = NextPrompts(replace(case, prompts=2 * case.prompts), folder)
     sampling = Sampling(case.new_tokens, samples_per_prompt=case.group, slots=case.slots if slots == "slots" else None)
     calls = 0

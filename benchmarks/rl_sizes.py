@@ -28,10 +28,13 @@ class Case:
     prompts: int = 8
     group: int = 8
     microbatches: int = 8
-    peer_microbatches: int = 4
+    peer_microbatches: int = 8
     """Each side cuts an update as it is fastest."""
-    slots: int | None = 32
-    lengths: tuple[int, ...] = (32, 64, 96)
+    slots: int = 32
+    """Places of the part refill."""
+    regroup: tuple[int, ...] = (16, 32, 48, 80)
+    """Where our iterations let finished rows leave."""
+    lengths: tuple[int, ...] = (16, 32, 48, 64, 96)
     """Response lengths that our updates are cut to, besides the longest."""
     median: float | None = 24.0
     sigma: float = 1.0
@@ -69,11 +72,11 @@ PAIR = 40.0
 TINY_MODEL = Sizes(vocab=64, width=16, layers=2, heads=2, context=32)
 CASES = {
     "long-tailed lengths": Case(),
-    "no response ends early": Case(median=None, slots=None, lengths=()),
+    "no response ends early": Case(median=None, lengths=()),
 }
 TINY = {
-    "long-tailed lengths": Case(TINY_MODEL, 6, 16, 2, 4, 2, 1, 4, (8,), 5.0, pool=8),
-    "no response ends early": Case(TINY_MODEL, 6, 16, 2, 4, 2, 1, None, (), None, pool=8),
+    "long-tailed lengths": Case(TINY_MODEL, 6, 16, 2, 4, 2, 1, 4, (6,), (8,), 5.0, pool=8),
+    "no response ends early": Case(TINY_MODEL, 6, 16, 2, 4, 2, 1, 4, (6,), (), None, pool=8),
 }
 EOS, PAD = 1, 0
 EOS_AT, FIRST, SECOND = 0, 1, 2

@@ -46,7 +46,7 @@ def test_both_sides_count_the_same():
     for case in (*CASES.values(), *TINY.values()):
         assert case.responses % case.microbatches == case.responses % case.peer_microbatches == 0
         assert case.prompt + case.new_tokens <= case.model.context
-        assert case.slots is None or case.slots % case.group == 0
+        assert case.slots % case.group == 0
     assert good([2, 4, 5, 7]) == 0.5 and good([]) == 0.0
 
 

@@ -1,4 +1,4 @@
-"""Sampling in slots draws what sampling all rows together draws, whatever the layers keep of the past."""
+"""Slots, and rows that leave, draw what all rows draw together, whatever the layers keep of the past."""
 
 from __future__ import annotations
 
@@ -67,6 +67,28 @@ def test_slots_change_nothing(name):
     assert lengths.min() < 4 and lengths.max() == 11 and lengths.sum() > 16 * 11, "the case is too easy"
     np.testing.assert_allclose(slots.logprobs, together.logprobs, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, slots.replace(logprobs=0), together.replace(logprobs=0))
+
+
+@pytest.mark.parametrize(("name", "points"), [("attention", (8,)), ("gated", (3, 7, 20))])
+def test_rows_that_leave_and_a_cache_that_grows_change_nothing(name, points):
+    """42 responses; at each point fewer places are enough."""
+    sampling = dataclasses.replace(PLAIN, record_routing=name == "attention")
+    together, found = (drawn(MODELS[name], dataclasses.replace(sampling, regroup=each)) for each in ((), points))
+    lengths = np.asarray(together.response_lengths)
+    assert 0 < (lengths > points[1 % len(points)]).sum() <= 21 and lengths.max() == 11, "the case is too easy"
+    np.testing.assert_allclose(found.logprobs, together.logprobs, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found.replace(logprobs=0), together.replace(logprobs=0))
+
+
+@pytest.mark.parametrize("points", [(0, 4), (4, 4), (7, 4), (2.5,)])
+def test_points_that_cannot_be_are_refused(points):
+    with pytest.raises(UserError, match="Sampling.regroup"):
+        Sampling(4, regroup=points)
+
+
+def test_slots_and_points_do_not_go_together():
+    with pytest.raises(UserError, match="Sampling.regroup.*with slots"):
+        Sampling(4, slots=2, regroup=(2,))
 
 
 def test_one_place_and_rows_that_fill_the_model():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 
 from rlhf_jax.models import Transformer, empty_cache
@@ -40,6 +42,7 @@ def sampling_program(
         runs: executions in one step of the stage.
         name: of the program.
     """
+    sampling = replace(sampling, regroup=())  # a plan takes all responses to be as long as they may be: no row leaves
     params, copies, new = params_of(model, placement), sampling.samples_per_prompt, sampling.max_new_tokens
     asked = placed(PromptBatch(ints(prompts, width), ints(prompts), ints(prompts)), placement)
 

@@ -120,9 +120,9 @@ def ends(token: Int[Array, "B"], stops: tuple[int, ...]) -> Bool[Array, "B"]:
     return jnp.any(token[:, None] == jnp.array(stops, jnp.int32), axis=1)
 
 
-def slots_of(model: Transformer, width: int, sampling: Sampling) -> int:
-    """Slots of a cache for prompts of this width and their responses: whole eights, as decode kernels copy them."""
-    return min(-(-(width + sampling.max_new_tokens - 1) // 8) * 8, model.max_length)
+def slots_of(model: Transformer, width: int, new: int) -> int:
+    """Slots of a cache for prompts of this width and so many new tokens: whole eights, as decode kernels copy them."""
+    return min(-(-(width + new - 1) // 8) * 8, model.max_length)
 
 
 @struct.dataclass

@@ -28,6 +28,8 @@ class Sampling:
         record_routing: keep the experts that each token was sent to, for ``PolicyOptimization(replay=True)``.
         slots: rows that decode at a time; one that is finished hands its place to the next response in the queue, so
             that a long response does not hold the others up. None decodes all rows together. What is drawn is the same.
+        regroup: numbers of new tokens, rising. The cache has room for the first, and grows at each of them; there rows
+            that are finished leave. For rows that decode together; what is drawn is the same.
     """
 
     max_new_tokens: int
@@ -40,12 +42,18 @@ class Sampling:
     samples_per_prompt: int = 1
     record_routing: bool = False
     slots: int | None = None
+    regroup: tuple[int, ...] = ()
 
     def __post_init__(self):
         self._require("max_new_tokens", self.max_new_tokens >= 1, "an integer of at least 1", integer=True)
         self._require("samples_per_prompt", self.samples_per_prompt >= 1, "an integer of at least 1", integer=True)
         fine = self.slots is None or (isinstance(self.slots, int) and self.slots >= 1)
         self._require("slots", fine, "an integer of at least 1, or None to decode all rows together")
+        fine = all(isinstance(n, int) and n >= 1 for n in self.regroup) and list(self.regroup) == sorted(
+            {*self.regroup}
+        )
+        self._require("regroup", fine, "positive numbers of new tokens, rising")
+        self._require("regroup", not self.regroup or self.slots is None, "() with slots, which refill rows instead")
         self._require("top_k", self.top_k >= 0, "an integer of at least 0 (0 keeps all tokens)", integer=True)
         self._require("top_p", 0 < self.top_p <= 1, "a number in (0, 1] (1 keeps all tokens)")
         self._require("min_p", 0 <= self.min_p < 1, "a number in [0, 1) (0 keeps all tokens)")

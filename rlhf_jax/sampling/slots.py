@@ -83,7 +83,7 @@ def sample_in_slots(
     places = min(sampling.slots, rows)
     few = max(1, places // AT_ONCE)
     chunk = min(places, count)
-    slots = slots_of(model, width, sampling)
+    slots = slots_of(model, width, limit)
     ring = max(slots - width, 1)
     # Prompts that only fill the last chunk: one token each, never answered.
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1)), prompts)
