@@ -171,12 +171,12 @@ def draw(rows: list[dict[str, Any]], about: str, path: Path) -> None:
             for phase, found in row["phases"].items():
                 axis.bar(place, found["share"] * whole, bottom=bottom, color=colours[phase], label=phase)
                 bottom += found["share"] * whole
-            axis.bar(place, whole - bottom, bottom=bottom, color="#bbbbbb")
+            axis.bar(place, max(0.0, whole - bottom), bottom=bottom, color="#bbbbbb")
             note = "" if row["target"] is None else f"\n{row['times_as_fast']:.2f} times\nas long"
             axis.text(place, whole, f"{whole:.3f} s{note}", ha="center", va="bottom", fontsize=7)
         axis.set_xticks(range(len(panel)), [row["side"].replace(" rows", "\nrows") for row in panel])
         axis.set_title(title.replace(", ", "\n"), fontsize=9)
-        axis.margins(y=0.2)
+        axis.set_ylim(0, 1.3 * max(1 / row["responses_per_s"] for row in panel))  # room for the words
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=7)
     axes[0][0].set_ylabel("seconds a response (less is better)", fontsize=8)
