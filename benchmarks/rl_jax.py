@@ -82,7 +82,10 @@ def learning(questions: Questions, case: Case, folder: Path, method: str) -> Non
     policy, params = starting_model(folder)
     sampling = Sampling(case.new_tokens, samples_per_prompt=case.group, regroup=case.regroup)
     group = {"grpo": trl_grpo, "rloo": rloo}[method]
-    objective = GroupOptimization(group, PolicyAlone(policy), sampling, share_prompts=True)
+    rows = case.responses // case.microbatches
+    objective = GroupOptimization(
+        group, PolicyAlone(policy), sampling, rows=rows, lengths=case.lengths, share_prompts=True
+    )
     trained = SharedPrompts(objective, case.group, case.lengths, case.microbatches)
     optimizer = Optimizer(case.learning_rate, clip_norm=1.0).build(1)
     phases, sampled = Phases(), []

@@ -68,7 +68,7 @@ def test_a_step_is_the_same(name):
     """Gradients are what SGD with a rate of 1 subtracts; experience too is made with prompts read once."""
     model = MODELS[name]
     params, reference = weights(model, 0), weights(model, 1)
-    plain, shared = objective(model), objective(model, share_prompts=True, rows=4)
+    plain, shared = objective(model), objective(model, share_prompts=True, rows=4, lengths=(4,))
     steps = [step_of(plain, model), step_of(SharedPrompts(shared, COPIES, lengths=(4,), parts=4), model)]
     makers = [jax.jit(lambda *given, each=each: each.prepare(*given, each.start())) for each in (plain, shared)]
     for responses in RESPONSES.values():

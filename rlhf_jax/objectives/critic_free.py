@@ -5,9 +5,11 @@ Dropout stays off here, as in the sampler: with it the first ratio would not be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +18,8 @@ from rlhf_jax.objectives.group import GroupPolicy
 from rlhf_jax.objectives.group_experience import GroupExperience
 from rlhf_jax.objectives.mixture import conclude, routing_terms
 from rlhf_jax.objectives.policy import by_rows
+from rlhf_jax.objectives.trimmed import by_length, cut, level_of
+from rlhf_jax.ops.meshes import active_mesh
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.scoring import ReadPrompts, read_prompts, response_logprobs, score_responses
 from rlhf_jax.sharding import Placement
@@ -48,6 +52,8 @@ class GroupOptimization:
         rows: rollout rows that ``prepare`` puts through a model at a time; None takes all.
         chunk: positions to unembed at a time; None leaves it to ``scoring``.
         replay: train with the experts that the rollout's tokens were sent to, see ``PolicyOptimization``.
+        lengths: ``prepare`` cuts the rows that it puts through a model together to the first of these response lengths
+            that holds them, as ``Trimmed`` does in updates.
         share_prompts: ``prepare`` reads each prompt once for all of its responses; for updates see ``SharedPrompts``.
     """
 
@@ -57,6 +63,7 @@ class GroupOptimization:
     rows: int | None = None
     chunk: int | None = None
     replay: bool = False
+    lengths: tuple[int, ...] = ()
     share_prompts: bool = False
 
     def start(self) -> PyTree:
@@ -91,13 +98,26 @@ class GroupOptimization:
             asked = prompts_of(rollout, copies) if self.share_prompts else None
             prompts = None if asked is None else read_prompts(model, params, *asked)
 
-            def forward(rows: tuple[Rollout, Int[Array, "B"]]) -> Float[Array, "B N"]:
-                own = None if prompts is None else prompts.rows(model, rows[1])
-                return response_logprobs(
-                    model, params, rows[0], self.sampling, entropy=False, chunk=self.chunk, prompts=own
-                )[0]
+            def forward(given: tuple[Rollout, Int[Array, "B"]]) -> Float[Array, "B N"]:
+                own, group = given
+                read = None if prompts is None else prompts.rows(model, group)
+                level, lengths = level_of(own, self.lengths)
 
-            return by_rows(forward, (rollout, jnp.arange(rollout.tokens.shape[0]) // copies), self.rows)
+                def at(length: int) -> Callable[[], Float[Array, "B N"]]:
+                    short, sampling = cut(own, length), self.sampling
+                    said = {"entropy": False, "chunk": self.chunk, "prompts": read}
+                    rest = [(0, 0), (0, lengths[-1] - length)]
+                    return lambda: jnp.pad(response_logprobs(model, params, short, sampling, **said)[0], rest)
+
+                return jax.lax.switch(level, [at(length) for length in lengths])
+
+            total = rollout.tokens.shape[0]
+            given = rollout, jnp.arange(total) // copies
+            if self.rows is None or not self.lengths or active_mesh() is not None:
+                return by_rows(forward, given, self.rows)
+            order = by_length(rollout, max(1, total // self.rows))
+            sorted_ = jax.tree.map(lambda x: x if x.ndim == 0 else x[order], given)
+            return by_rows(forward, sorted_, self.rows)[jnp.argsort(order)]
 
         return self.group.prepare(
             rollout,

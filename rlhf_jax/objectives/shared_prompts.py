@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.objectives.critic_free import GroupOptimization, PolicyAlone, prompts_of
 from rlhf_jax.objectives.group_experience import GroupExperience
-from rlhf_jax.objectives.trimmed import cut, rising, used_slots
+from rlhf_jax.objectives.trimmed import cut, level_of, rising, used_slots
 from rlhf_jax.scoring import ReadPrompts, read_prompts
 from rlhf_jax.types import Key, Metrics, PyTree
 
@@ -84,8 +84,7 @@ class SharedPrompts:
     def _with_gradient(
         self, params: PyTree, experience: GroupExperience, key: Key | None
     ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
-        policy, whole = self.models.policy, experience.response_mask.shape[1]
-        lengths = (*(n for n in self.lengths if n < whole), whole)
+        policy = self.models.policy
 
         def read(params: PyTree) -> tuple[ReadPrompts, ReadPrompts]:
             return _apart(read_prompts(policy, params, *prompts_of(experience, self.samples_per_prompt)))
@@ -97,12 +96,12 @@ class SharedPrompts:
 
             def at(length: int) -> Any:
                 def loss(params: PyTree, prompts: ReadPrompts) -> tuple[Float[Array, ""], Metrics]:
-                    read = _joined(prompts, rest).rows(policy, rows // self.samples_per_prompt)
-                    return self.objective.loss(params, cut(own, length), key, read)
+                    asked = _joined(prompts, rest).rows(policy, rows // self.samples_per_prompt)
+                    return self.objective.loss(params, cut(own, length), key, asked)
 
                 return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
-            level = jnp.searchsorted(jnp.array(lengths), jnp.max(used_slots(own)))
+            level, lengths = level_of(own, self.lengths)
             found = jax.lax.switch(level, [at(length) for length in lengths], params, prompts)
             return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 

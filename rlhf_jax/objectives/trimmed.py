@@ -47,19 +47,14 @@ class Trimmed:
     def with_weights(self, experience: Any) -> Any:
         """The minibatch with its weights, in an order in which microbatches have rows of about one length."""
         experience = self.objective.with_weights(experience)
-        rows = experience.tokens.shape[0]
         if self.microbatches == 1 or active_mesh() is not None:
             return experience
-        order = jnp.argsort(used_slots(experience), stable=True)
-        # Microbatch i of m takes rows i, i + m, ...
-        order = order.reshape(self.microbatches, rows // self.microbatches).T.reshape(-1)
+        order = by_length(experience, self.microbatches)
         return jax.tree.map(lambda x: x if jnp.ndim(x) == 0 else x[order], experience)
 
     def loss(self, params: PyTree, experience: Any, key: Key | None = None) -> tuple[Float[Array, ""], Metrics]:
         """The objective's loss and metrics, of rows that are as short as they may be."""
-        whole = experience.response_mask.shape[1]
-        lengths = (*(n for n in self.lengths if n < whole), whole)
-        level = jnp.searchsorted(jnp.array(lengths), jnp.max(used_slots(experience)))
+        level, lengths = level_of(experience, self.lengths)
 
         def at(length: int) -> Any:
             return lambda params: self.objective.loss(params, cut(experience, length), key)
@@ -87,6 +82,19 @@ class Trimmed:
 def rising(lengths: tuple[int, ...]) -> bool:
     """Whether these are positive numbers, each above the one before."""
     return list(lengths) == sorted(set(lengths)) and all(isinstance(n, int) and n >= 1 for n in lengths)
+
+
+def level_of(experience: Any, lengths: tuple[int, ...]) -> tuple[Int[Array, ""], tuple[int, ...]]:
+    """Which of the lengths these rows are to be cut to, and the lengths with that of the whole behind them."""
+    whole = experience.response_mask.shape[1]
+    lengths = (*(n for n in lengths if n < whole), whole)
+    return jnp.searchsorted(jnp.array(lengths), jnp.max(used_slots(experience))), lengths
+
+
+def by_length(experience: Any, parts: int) -> Int[Array, "B"]:
+    """An order of rows in which those of one part are about equally long; part i of m takes rows i, i + m, ..."""
+    rows = experience.tokens.shape[0]
+    return jnp.argsort(used_slots(experience), stable=True).reshape(parts, rows // parts).T.reshape(-1)
 
 
 def cut(experience: Any, length: int) -> Any:

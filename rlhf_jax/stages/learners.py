@@ -41,10 +41,10 @@ def objective_of(
     """The objective that a stage names; critics are the models they start from, None for methods without one."""
     rows, replay = stage.rows_at_a_time, stage.replay_routing
     if isinstance(stage.ppo, GroupPolicy):
-        shared = stage.share_prompts
         return GroupOptimization(
-            stage.ppo, PolicyAlone(policy), stage.sampling, rows=rows, replay=replay, share_prompts=shared
-        )
+            stage.ppo, PolicyAlone(policy), stage.sampling, rows=rows, replay=replay, lengths=stage.update_lengths,
+            share_prompts=stage.share_prompts,
+        )  # fmt: skip
     assert critic is not None
     if stage.cost is not None and isinstance(stage.cost.by, Lagrangian):
         both = TwoCritics(policy, critic, critic if cost_critic is None else cost_critic)

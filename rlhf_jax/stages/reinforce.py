@@ -100,7 +100,7 @@ class Reinforce:
         prompt_widths: in tokens; prompts are padded to the first that holds all of an iteration, instead of to
             ``prompt_length``. Programs are compiled once for each width that occurs.
         update_lengths: of responses in tokens; updates are computed on rows cut to the first that holds those of a
-            microbatch, see ``objectives.trimmed``.
+            microbatch, see ``objectives.trimmed``; so are the passes before the updates of a group method.
         share_prompts: updates (and the reference) read each prompt once for all of its responses, which stay in one
             minibatch; ``microbatches`` then split the responses alone. The same losses but for rounding. For group
             methods on one device, without ``ptx`` and mixtures of experts; see ``objectives.shared_prompts``.
