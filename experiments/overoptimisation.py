@@ -115,7 +115,7 @@ def course(runs: Runs, name: str, metric: str) -> np.ndarray:
 
 
 def bands(runs: Runs):
-    climbed, test, true = (course(runs, "single", m) for m in ("single/score", "gold/test", "gold/market"))
+    climbed, test, true = (course(runs, "single", m) for m in ("ppo/score", "gold/test", "gold/market"))
     rise = lambda found: found[:, -1] - found[:, 0]  # noqa: E731
     yield Band("one model: rise of its own score", rise(climbed), 0.0, source=SPLIT, judge="every")
     yield Band("less the rise of the test model's", rise(climbed) - rise(test), 0.0, source=SPLIT, judge="every")
@@ -133,7 +133,7 @@ def picture(runs: Runs) -> Figure:
     colors = dict(zip(CLIMBED, ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
     for name, color in colors.items():
         roots = np.sqrt(np.maximum(course(runs, name, "kl/sequence"), 0.0)).mean(axis=0)
-        for axis, metric in zip(panels, (f"{name}/score", "gold/test", "gold/market"), strict=True):
+        for axis, metric in zip(panels, ("ppo/score", "gold/test", "gold/market"), strict=True):
             found = course(runs, name, metric)
             axis.fill_between(roots, found.min(axis=0), found.max(axis=0), color=color, alpha=0.15, linewidth=0)
             axis.plot(roots, found.mean(axis=0), "o-", color=color, markersize=3, label=name)
